@@ -1,0 +1,68 @@
+"""A small joint transformer of text and latent, read in both directions."""
+
+import torch
+from torch import Tensor, nn
+
+from cyclevae import Denoised
+
+
+class JointTransformer(nn.Module):
+    """Tokens and one latent token attend to each other; each part knows its own time."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        latent_dim: int,
+        *,
+        length: int,
+        width: int = 192,
+        depth: int = 3,
+        heads: int = 4,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(length, width)
+        self.text_time, self.latent_time = _time_mlp(width), _time_mlp(2 * width)
+        self.latent_in = nn.Linear(latent_dim, width)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(
+            layer, depth, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.text_head = nn.Linear(width, vocab_size)
+        self.latent_head = nn.Linear(width, latent_dim)
+        nn.init.normal_(self.word.weight, std=width**-0.5)
+        nn.init.normal_(self.position.weight, std=0.1)
+        self.text_head.weight = self.word.weight  # tied
+
+    def forward(
+        self,
+        tokens: Tensor,
+        latents: Tensor,
+        *,
+        text_time: Tensor,
+        latent_time: Tensor,
+        attention_mask: Tensor,
+        need: str = "both",
+    ) -> Denoised:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        scale, shift = self.latent_time(latent_time[:, None]).chunk(2, dim=1)
+        latent = self.latent_in(latents) * (1 + scale) + shift  # may learn to ignore pure noise
+        text = self.word(tokens) * self.word.embedding_dim**0.5 + self.position(places)
+        text = text + self.text_time(text_time[:, None])[:, None]
+        hidden = self.blocks(
+            torch.cat([latent[:, None], text + latent[:, None]], dim=1),
+            src_key_padding_mask=nn.functional.pad(~attention_mask, (1, 0)),
+        )
+        keep = attention_mask[..., None]
+        mean = (hidden[:, 1:] * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+        return Denoised(
+            logits=None if need == "latents" else self.text_head(hidden[:, 1:]),
+            latent_prediction=None if need == "logits" else self.latent_head(hidden[:, 0] + mean),
+        )
+
+
+def _time_mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 128), nn.GELU(), nn.Linear(128, width))

@@ -1,0 +1,68 @@
+"""Averages: the one home of padding, reductions and global counts."""
+
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyclevae._checks import check_choice
+from cyclevae._types import Count, Mask, Reduction
+
+
+def reduce_text(
+    per_token: Float[Tensor, "b s"],
+    attention_mask: Mask,
+    *,
+    reduction: Reduction,
+    count: Count | None = None,
+) -> Float[Tensor, "..."]:
+    """Reduce per-token losses; padding never counts, and no token at all gives 0 with a graph.
+
+    `mean` divides by the kept tokens, or by `count`; `nats` sums over tokens and averages over
+    rows, or divides by `count` rows.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    kept = torch.where(attention_mask, per_token, per_token.new_zeros(()))
+    if reduction == "none":
+        return kept
+    if reduction == "mean":
+        return kept.sum() / _at_least_one(attention_mask.sum() if count is None else count)
+    return kept.sum() / _divisor(reduction, len(kept), count)
+
+
+def reduce_latents(
+    squared_error: Float[Tensor, "b *n d"],
+    *,
+    reduction: Reduction,
+    variance: float | Tensor = 1.0,
+    count: Count | None = None,
+) -> Float[Tensor, "..."]:
+    """Reduce squared errors; no row at all gives 0 with a graph.
+
+    `mean` divides by the elements, or by `count`; `nats` is half the squared error over `variance`,
+    summed over dimensions, averaged over rows, or divided by `count` rows.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    if reduction == "none":
+        return squared_error
+    if reduction == "mean":
+        return squared_error.sum() / _at_least_one(
+            squared_error.numel() if count is None else count
+        )
+    if reduction == "nats":
+        squared_error = squared_error / (2 * variance)
+    return squared_error.sum() / _divisor(reduction, len(squared_error), count)
+
+
+def _divisor(reduction: Reduction, rows: int, count: Count | None) -> Count:
+    if reduction == "sum":
+        return 1.0
+    return _at_least_one(rows if count is None else count)
+
+
+def _at_least_one(count: Count) -> Count:
+    # A count over ranks may be a fraction, but an empty one must not divide by zero.
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, count, torch.ones_like(count))
+    return count if count > 0 else 1.0

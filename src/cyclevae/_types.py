@@ -1,0 +1,24 @@
+"""The shape vocabulary. Annotations are documentation; the test run turns them into checks."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+Tokens = Int[Tensor, "b s"]
+Mask = Bool[Tensor, "b s"]
+MaskLike = Shaped[Tensor, "b s"]  # True = keep; integers and 0/1 floats are made bool at the door
+Logits = Float[Tensor, "b s v"]
+Latents = Float[Tensor, "b *n d"]  # [b, d] or [b, n, d]
+Rows = Bool[Tensor, " b"]
+Time = Float[Tensor, " b"]  # 0 clean, 1 full noise
+Scalar = Float[Tensor, ""]
+Loss = Float[Tensor, "..."]  # a scalar, or per element with reduction="none"
+
+Prediction = Literal["epsilon", "x0", "v"]
+Need = Literal["both", "logits", "latents"]
+Estimator = Literal["unbiased", "biased"]
+Reduction = Literal["mean", "sum", "none", "nats"]
+Count = float | Scalar
+Schedule = Callable[[int], float]  # a weight as a function of the step

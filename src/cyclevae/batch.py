@@ -1,0 +1,190 @@
+"""What one training step is given: pairs, and texts and latents that have no partner."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from cyclevae import _checks
+from cyclevae._types import Latents, Mask, MaskLike, Tokens
+from cyclevae.bridges import draw_lengths
+from cyclevae.process import LatentProcess, TextProcess
+
+
+class Batch(NamedTuple):
+    """Pairs, unpaired texts and unpaired latents; each part is optional and has its own size.
+
+    A named tuple, so that DDP, FSDP2 and `torch.compile` see the tensors in it.
+
+    Attributes:
+        tokens: clean ids of the paired texts `[b, s]`.
+        attention_mask: theirs, `[b, s]`, True = keep.
+        latents: clean latents of the same rows, `[b, d]` or `[b, n, d]`.
+        unpaired_tokens: `[b', s']`.
+        unpaired_attention_mask: `[b', s']`.
+        unpaired_latents: `[b'', d]` or `[b'', n, d]`; they carry no length.
+        pseudo_text_mask: `[b'', s'']`, the lengths of the texts to be written for the unpaired
+            latents; drawn from the batch's own texts if not given.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.tensor([[3, 4, 0]])
+        >>> batch = Batch(tokens, tokens > 0, torch.zeros(1, 4))
+        >>> batch.unpaired_latents is None
+        True
+    """
+
+    tokens: Tokens | None = None
+    attention_mask: MaskLike | None = None
+    latents: Latents | None = None
+    unpaired_tokens: Tokens | None = None
+    unpaired_attention_mask: MaskLike | None = None
+    unpaired_latents: Latents | None = None
+    pseudo_text_mask: MaskLike | None = None
+
+
+class Texts(NamedTuple):
+    """Rows of text: ids `[b, s]` and a bool mask."""
+
+    tokens: Tokens
+    mask: Mask
+
+    def first(self, rows: int) -> "Texts":
+        """The first rows."""
+        return Texts(self.tokens[:rows], self.mask[:rows])
+
+
+class Rows(NamedTuple):
+    """A checked batch per direction: paired rows first, then unpaired ones.
+
+    Attributes:
+        paired: number of paired rows.
+        texts: all texts, padded to one length.
+        latents: all latents.
+        pseudo_text_mask: lengths for the unpaired latents, if given.
+    """
+
+    paired: int
+    texts: Texts | None
+    latents: Latents | None
+    pseudo_text_mask: Mask | None
+
+    def need_texts(self) -> Texts:
+        """All texts, or an error where there is none."""
+        if self.texts is None:
+            raise ValueError("this step encodes texts, and the batch holds none")
+        return self.texts
+
+    def need_latents(self) -> Latents:
+        """All latents, or an error where there is none."""
+        if self.latents is None:
+            raise ValueError("this step decodes latents, and the batch holds none")
+        return self.latents
+
+    def need_pairs(self) -> None:
+        """An error where there is no pair."""
+        if not self.paired:
+            raise ValueError(
+                "the base losses need at least one pair in a batch, got none; "
+                "set `text_weight` and `latent_weight` to 0 to train without pairs"
+            )
+
+    def lengths_to_decode(self, generator: torch.Generator | None) -> Mask:
+        """A mask for each latent: a pair's own, and for unpaired ones that given or drawn."""
+        texts, drawn = self.texts, self.pseudo_text_mask
+        unpaired = len(self.need_latents()) - self.paired
+        if drawn is None:
+            none = torch.ones(0, 1, dtype=torch.bool)
+            drawn = draw_lengths(
+                none if texts is None else texts.mask, unpaired, generator=generator
+            )
+        return drawn if texts is None else stack_masks(texts.mask[: self.paired], drawn)
+
+
+def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProcess) -> Rows:
+    """Check a batch and concatenate its rows per direction.
+
+    Raises:
+        ValueError: a part without its companion, wrong shapes, or values out of range.
+        TypeError: wrong dtypes.
+    """
+    if (batch.tokens is None) != (batch.latents is None):
+        given, missing = "tokens", "latents"
+        if batch.tokens is None:
+            given, missing = missing, given
+        raise ValueError(
+            f"`batch.{given}` came without `batch.{missing}`: pairs need both; "
+            f"put rows without a partner into `batch.unpaired_{given}`"
+        )
+    vocab_size, shape = text_process.vocab_size, latent_process.shape
+    parts = [
+        _texts("", batch.tokens, batch.attention_mask, vocab_size),
+        _texts("unpaired_", batch.unpaired_tokens, batch.unpaired_attention_mask, vocab_size),
+    ]
+    for name in ("latents", "unpaired_latents"):
+        if (latents := getattr(batch, name)) is not None:
+            _checks.check_latents(f"batch.{name}", latents, shape)
+    if batch.tokens is not None and batch.latents is not None:
+        _checks.check_rows("batch.tokens", batch.tokens, "batch.latents", batch.latents)
+    pseudo_text_mask = batch.pseudo_text_mask
+    if pseudo_text_mask is not None:
+        if batch.unpaired_latents is None:
+            raise ValueError("`batch.pseudo_text_mask` came without `batch.unpaired_latents`")
+        _checks.check_rows(
+            "batch.pseudo_text_mask",
+            pseudo_text_mask,
+            "batch.unpaired_latents",
+            batch.unpaired_latents,
+        )
+        pseudo_text_mask = _checks.as_mask(
+            "batch.pseudo_text_mask", pseudo_text_mask, pseudo_text_mask.shape
+        )
+    return Rows(
+        paired=0 if batch.tokens is None else len(batch.tokens),
+        texts=_stack_texts([part for part in parts if part is not None], text_process),
+        latents=_stack_latents(batch.latents, batch.unpaired_latents),
+        pseudo_text_mask=pseudo_text_mask,
+    )
+
+
+def stack_masks(*masks: Mask) -> Mask:
+    """Masks of different lengths, one below the other."""
+    longest = max(mask.shape[1] for mask in masks)
+    return torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])
+
+
+def _texts(
+    prefix: str, tokens: Tensor | None, mask: Tensor | None, vocab_size: int
+) -> Texts | None:
+    tokens_name, mask_name = f"batch.{prefix}tokens", f"batch.{prefix}attention_mask"
+    if tokens is None:
+        if mask is not None:
+            raise ValueError(f"`{mask_name}` came without `{tokens_name}`")
+        return None
+    if mask is None:
+        raise ValueError(
+            f"`{tokens_name}` came without `{mask_name}`: padding must never count; "
+            "give torch.ones_like(tokens) where nothing is padded"
+        )
+    _checks.check_tokens(tokens_name, tokens, vocab_size)
+    return Texts(tokens, _checks.as_mask(mask_name, mask, tokens.shape))
+
+
+def _stack_texts(parts: list[Texts], text_process: TextProcess) -> Texts | None:
+    if not parts:
+        return None
+    mask = stack_masks(*(part.mask for part in parts))
+    tokens = [F.pad(part.tokens, (0, mask.shape[1] - part.tokens.shape[1])) for part in parts]
+    return Texts(text_process.pad(torch.cat(tokens), mask), mask)
+
+
+def _stack_latents(paired: Latents | None, unpaired: Latents | None) -> Latents | None:
+    if paired is None or unpaired is None:
+        return unpaired if paired is None else paired
+    if paired.shape[1:] != unpaired.shape[1:]:
+        raise ValueError(
+            "`batch.latents` and `batch.unpaired_latents` must hold latents of one shape, "
+            f"got {list(paired.shape[1:])} and {list(unpaired.shape[1:])}"
+        )
+    return torch.cat([paired, unpaired])

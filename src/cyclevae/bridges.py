@@ -1,0 +1,119 @@
+"""Text bridges: from the decoder's logits to the pseudo-text that crosses a latent cycle.
+
+Neither bridge here has a gradient: the pseudo-text is data to the pass behind it, as in
+back-translation.
+"""
+
+from typing import Literal
+
+import torch
+
+from cyclevae._checks import check_choice, check_positive
+from cyclevae._types import Logits, Mask, Tokens
+from cyclevae.process import TextProcess
+
+Bridge = Literal["argmax", "categorical"]
+
+
+def argmax_text(logits: Logits, attention_mask: Mask, *, text_process: TextProcess) -> Tokens:
+    """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
+
+    Example:
+        >>> import torch
+        >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
+        >>> logits = torch.tensor([[[9.0, 1.0, 9.0, 3.0], [0.0, 2.0, 0.0, 1.0]]])
+        >>> argmax_text(logits, torch.tensor([[True, True]]), text_process=text)
+        tensor([[3, 1]])
+    """
+    choice = text_process.forbid(logits.detach()).argmax(dim=-1)
+    return text_process.frame(choice, attention_mask)
+
+
+def categorical_text(
+    logits: Logits,
+    attention_mask: Mask,
+    *,
+    text_process: TextProcess,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tokens:
+    """A pseudo-text `[b, s]` sampled from `softmax(logits / temperature)` per position.
+
+    Forbidden ids are never sampled. Uses an exponential race, which needs no host synchronisation.
+
+    Raises:
+        ValueError: a temperature that is not a finite number above 0.
+
+    Example:
+        >>> import torch
+        >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
+        >>> logits, mask = torch.zeros(1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
+        >>> seed = torch.Generator().manual_seed(0)
+        >>> categorical_text(logits, mask, text_process=text, generator=seed)
+        tensor([[...]])
+    """
+    check_positive("temperature", temperature)
+    allowed = text_process.forbid(logits.detach().float()) / temperature
+    # argmax of p_i / E_i with independent exponentials E_i is a draw from p
+    race = torch.empty_like(allowed).exponential_(generator=generator)
+    return text_process.frame((allowed.softmax(dim=-1) / race).argmax(dim=-1), attention_mask)
+
+
+def pseudo_text(
+    logits: Logits,
+    attention_mask: Mask,
+    *,
+    text_process: TextProcess,
+    bridge: Bridge = "argmax",
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tokens:
+    """The pseudo-text of the named bridge: `argmax_text` or `categorical_text`.
+
+    Raises:
+        ValueError: an unknown bridge.
+
+    Example:
+        >>> import torch
+        >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
+        >>> logits, mask = torch.eye(4)[None, [3, 1]], torch.tensor([[True, False]])
+        >>> pseudo_text(logits, mask, text_process=text)
+        tensor([[3, 0]])
+    """
+    check_choice("bridge", bridge, ("argmax", "categorical"))
+    if bridge == "argmax":
+        return argmax_text(logits, attention_mask, text_process=text_process)
+    return categorical_text(
+        logits,
+        attention_mask,
+        text_process=text_process,
+        temperature=temperature,
+        generator=generator,
+    )
+
+
+def draw_lengths(
+    attention_mask: Mask, rows: int, *, generator: torch.Generator | None = None
+) -> Mask:
+    """Masks `[rows, s]` for pseudo-texts, drawn with replacement from the batch's own texts.
+
+    An unpaired latent carries no length, and taking that of its hidden partner would leak it.
+
+    Raises:
+        ValueError: a batch without texts.
+
+    Example:
+        >>> import torch
+        >>> draw_lengths(torch.tensor([[True, True, False]]), 2)
+        tensor([[ True,  True, False],
+                [ True,  True, False]])
+    """
+    if not len(attention_mask):
+        raise ValueError(
+            "pseudo-text lengths are drawn from the batch's texts, and it holds none; "
+            "give `pseudo_text_mask`"
+        )
+    index = torch.randint(
+        len(attention_mask), (rows,), device=attention_mask.device, generator=generator
+    )
+    return attention_mask[index]

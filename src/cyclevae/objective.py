@@ -1,0 +1,463 @@
+"""One training step: which passes run, what they weigh, what is reported."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from cyclevae import _checks
+from cyclevae._types import Count, Latents, Logits, Scalar, Schedule
+from cyclevae.base import latent_loss, t2l_loss, text_loss, unconditional_loss
+from cyclevae.batch import Batch, Rows, arrange, stack_masks
+from cyclevae.bridges import Bridge, pseudo_text
+from cyclevae.cycles import STOP_GRADIENT, bridge_pass, cycle_latent_loss, cycle_text_loss
+from cyclevae.denoiser import Denoiser
+from cyclevae.gradient_policy import GradientPolicy, detach
+from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.priors import Moment, mmd_prior, moment_prior
+from cyclevae.process import LatentProcess, TextProcess, stratified_times
+from cyclevae.schedules import Ramp
+
+Weight = float | Ramp | Schedule
+Prior = Literal["moment", "mmd"]
+TERMS = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
+
+
+class StepOutput(NamedTuple):
+    """The result of one step.
+
+    Attributes:
+        loss: the weighted sum, with its graph.
+        metrics: detached 0-d tensors: each term that ran, unweighted, its weight where it may move,
+            and statistics of the latents. A term that did not run is absent.
+    """
+
+    loss: Scalar
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CycleObjective:
+    """The whole objective of one step; with the two processes alone it is the recommended recipe.
+
+    `loss = sum of weight * term` over: `text` (L2T on pairs), `latent` (T2L on pairs),
+    `unconditional` (both parts noised; unpaired rows train the part they have), `cycle_text`
+    (T2L2T) and `cycle_latent` (L2T2L) on paired and unpaired rows, and `prior` on the encoder's
+    latents. A weight is a number or a function of the step (see `ramp`); a term whose weight is 0
+    costs no forward pass. Base terms and cycles together are four passes, and the unconditional
+    term is a fifth.
+
+    Attributes:
+        text_process: the text process.
+        latent_process: the latent process.
+        text_weight: of the base decoder loss.
+        latent_weight: of the base encoder loss.
+        unconditional_weight: of the unconditional mode.
+        cycle_text_weight: of the text cycle.
+        cycle_latent_weight: of the latent cycle.
+        prior_weight: of the prior.
+        prior: `moment` or `mmd`.
+        prior_mean: of the prior's Gaussian, a number or in the shape of a latent.
+        prior_variance: likewise.
+        bridge_time: at which the encoder of both cycles starts from noise.
+        base_latent_time: of the base encoder loss; 1.0 shares the bridge's pass, None draws
+            uniform times up to `bridge_time`.
+        bridge: the text bridge of the latent cycle, `argmax` or `categorical`.
+        temperature: of the categorical bridge.
+        show_latent: let the encoder of the latent cycle see the noised true latent.
+        text_policy: who learns from the text cycle.
+        latent_policy: who learns from the latent cycle.
+
+    Raises:
+        ValueError: an unknown option, a negative, NaN or infinite weight, or an epsilon process
+            whose bridge would be ill-conditioned.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> objective = CycleObjective(text_process, latent_process)
+        >>> output = objective(denoiser, toy_batch(seed=0), step=0)
+        >>> output.loss.backward()
+        >>> sorted(output.metrics)[:3]
+        ['cycle_latent_loss', 'cycle_latent_weight', 'cycle_text_loss']
+    """
+
+    text_process: TextProcess
+    latent_process: LatentProcess
+    text_weight: Weight = 1.0
+    latent_weight: Weight = 1.0
+    unconditional_weight: Weight = 1.0
+    cycle_text_weight: Weight = 1.0
+    cycle_latent_weight: Weight = 1.0
+    prior_weight: Weight = 0.0
+    prior: Prior = "mmd"
+    prior_mean: Moment | None = None
+    prior_variance: Moment = 1.0
+    bridge_time: float = 1.0
+    base_latent_time: float | None = 1.0
+    bridge: Bridge = "argmax"
+    temperature: float = 1.0
+    show_latent: bool = False
+    text_policy: GradientPolicy = STOP_GRADIENT
+    latent_policy: GradientPolicy = STOP_GRADIENT
+
+    def __post_init__(self) -> None:
+        for term in TERMS:
+            weight = getattr(self, f"{term}_weight")
+            if not callable(weight):
+                _checks.check_nonnegative(f"{term}_weight", weight)
+        _checks.check_choice("prior", self.prior, get_args(Prior))
+        _checks.check_choice("bridge", self.bridge, get_args(Bridge))
+        _checks.check_positive("temperature", self.temperature)
+        for name in ("bridge_time", "base_latent_time"):
+            time = getattr(self, name)
+            if time is not None and not 0 <= time <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {time!r}")
+        if self.latent_policy.bridge != "detach":
+            raise ValueError(
+                f"`latent_policy.bridge` must be 'detach', got {self.latent_policy.bridge!r}: the "
+                f"{self.bridge!r} bridge is a choice of ids and has no gradient"
+            )
+        if any(
+            getattr(self, f"{term}_weight") != 0 for term in ("cycle_text", "cycle_latent", "prior")
+        ):
+            self.latent_process.refuse_ill_conditioned(self.bridge_time)
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The terms that run at a step and what they weigh; the same on every rank."""
+        weights = {}
+        for term in TERMS:
+            weight = getattr(self, f"{term}_weight")
+            if callable(weight):
+                weight = weight(step)
+                _checks.check_nonnegative(f"{term}_weight({step})", weight)
+            if weight > 0:
+                weights[term] = weight
+        return weights
+
+    def passes(self, step: int) -> int:
+        """The forward passes of the denoiser at a step."""
+        terms = self.weights(step).keys()
+        encodes = bool(terms & {"latent", "cycle_text", "prior"})
+        own_base = "latent" in terms and bool(terms & {"cycle_text", "prior"})
+        own_base = own_base and not self._shares_encoder_pass
+        decodes = bool(terms & {"text", "cycle_latent"})
+        alone = len(terms & {"unconditional", "cycle_text", "cycle_latent"})
+        return encodes + own_base + decodes + alone
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The denominator of each per-sample mean on this batch, by metric name.
+
+        For gradients that depend neither on the number of ranks nor on the accumulation steps, sum
+        these over both, divide by the number of ranks (DDP averages gradients), and give them to
+        the objective.
+        """
+        rows = arrange(batch, self.text_process, self.latent_process)
+        like = next(part for part in (*batch,) if part is not None)
+        zero = torch.zeros((), device=like.device)
+        p, texts, latents = rows.paired, rows.texts, rows.latents
+        tokens = zero if texts is None else texts.mask.sum()
+        paired_tokens = zero if texts is None else texts.mask[:p].sum()
+        elements = zero if latents is None else zero + latents.numel()
+        paired_elements = zero if latents is None else zero + latents[:p].numel()
+        return {
+            "text_loss": paired_tokens,
+            "latent_loss": paired_elements,
+            "unconditional_text_loss": tokens,
+            "unconditional_latent_loss": elements,
+            "cycle_text_loss": tokens,
+            "cycle_latent_loss": elements,
+        }
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        counts: Mapping[str, Count] | None = None,
+    ) -> StepOutput:
+        """Run the passes of a step and weigh their terms.
+
+        Args:
+            denoiser: the model.
+            batch: pairs and unpaired rows.
+            step: the training step, from which weights are computed.
+            generator: random state of all draws, on the batch's device.
+            counts: global denominators by metric name: see `counts`.
+
+        Raises:
+            ValueError: wrong shapes or values, an unknown count, or a direction without rows.
+        """
+        weights = self.weights(step)
+        if not weights:
+            raise ValueError(f"every weight is 0 at step {step}: there is nothing to train on")
+        rows = arrange(batch, self.text_process, self.latent_process)
+        run = _Step(self, denoiser, rows, weights, generator, self._checked_counts(counts))
+        losses, metrics = run.terms()
+        loss = torch.stack(
+            [
+                losses[name] * torch.full((), weights[term], device=losses[name].device)
+                for term in weights
+                for name in _LOSSES[term]
+            ]
+        ).sum()
+        metrics = {name: value.detach() for name, value in {**losses, **metrics}.items()}
+        for term in weights:
+            if callable(getattr(self, f"{term}_weight")) or term.startswith("cycle"):
+                metrics[f"{term}_weight"] = torch.full((), weights[term], device=loss.device)
+        return StepOutput(loss, {"loss": loss.detach(), **metrics})
+
+    @property
+    def _shares_encoder_pass(self) -> bool:
+        # Below full noise the base pass has seen the true latent and must not become a bridge.
+        full_noise = self.base_latent_time == self.bridge_time == 1.0
+        return full_noise and not self.text_policy.freeze_bridge
+
+    def _checked_counts(self, counts: Mapping[str, Count] | None) -> Mapping[str, Count]:
+        known = [name for term in TERMS if term != "prior" for name in _LOSSES[term]]
+        for name in counts or {}:
+            if name not in known:
+                raise ValueError(f"unknown count {name!r}; {_checks.nearest(name, known)}")
+        return counts or {}
+
+
+_LOSSES = {
+    "text": ("text_loss",),
+    "latent": ("latent_loss",),
+    "unconditional": ("unconditional_text_loss", "unconditional_latent_loss"),
+    "cycle_text": ("cycle_text_loss",),
+    "cycle_latent": ("cycle_latent_loss",),
+    "prior": ("prior_loss",),
+}
+
+
+@dataclass
+class _Step:
+    """The passes of one step, each run once and read by every term that needs it."""
+
+    objective: CycleObjective
+    denoiser: Denoiser
+    rows: Rows
+    weights: dict[str, float]
+    generator: torch.Generator | None
+    counts: Mapping[str, Count]
+
+    def terms(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms that run, by metric name, and statistics beside them."""
+        self.losses: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+        if self._runs("text", "latent"):
+            self.rows.need_pairs()
+        if self._runs("text", "cycle_latent"):
+            self._decode()
+        if self._runs("latent", "cycle_text", "prior"):
+            self._encode()
+        if self._runs("unconditional"):
+            self._denoise_both()
+        return self.losses, self.metrics
+
+    def _runs(self, *terms: str) -> bool:
+        return any(term in self.weights for term in terms)
+
+    def _decode(self) -> None:
+        """One decoder pass: the base text loss on paired rows, pseudo-texts for all."""
+        o, p, latents = self.objective, self.rows.paired, self.rows.need_latents()
+        if self._runs("cycle_latent"):
+            mask = self.rows.lengths_to_decode(self.generator)
+        else:
+            latents, mask = latents[:p], self.rows.need_texts().mask[:p]
+        with nullcontext() if self._runs("text") else detach():
+            logits = l2t(self.denoiser, latents, mask, text_process=o.text_process)
+        if self._runs("text"):
+            self._base_text(logits[:p])
+        if self._runs("cycle_latent"):
+            y_hat = pseudo_text(
+                logits,
+                mask,
+                text_process=o.text_process,
+                bridge=o.bridge,
+                temperature=o.temperature,
+                generator=self.generator,
+            )
+            self.losses["cycle_latent_loss"] = cycle_latent_loss(
+                self.denoiser,
+                latents,
+                mask,
+                text_process=o.text_process,
+                latent_process=o.latent_process,
+                y_hat=y_hat,
+                show_latent=o.show_latent,
+                time=o.bridge_time,
+                generator=self.generator,
+                policy=o.latent_policy,
+                count=self.counts.get("cycle_latent_loss"),
+            )
+
+    def _base_text(self, logits: Logits) -> None:
+        tokens, mask = self.rows.need_texts().first(self.rows.paired)
+        logits = logits[:, : tokens.shape[1]]  # pseudo-texts may be longer than any text
+        count = self.counts.get("text_loss")
+        self.losses["text_loss"] = text_loss(logits, tokens, mask, count=count)
+        hits = (logits.argmax(dim=-1) == tokens) & mask
+        self.metrics["text_accuracy"] = hits.sum() / mask.sum().clamp(min=1)
+
+    def _encode(self) -> None:
+        """The encoder pass from noise: the base latent loss on paired rows, a bridge for all."""
+        o, p, texts = self.objective, self.rows.paired, self.rows.need_texts()
+        shared = self._runs("latent") and o._shares_encoder_pass
+        bridges = self._runs("cycle_text", "prior")
+        if self._runs("latent") and not shared:
+            self._base_latent()
+        if not (shared or bridges):
+            return
+        texts = texts if bridges else texts.first(p)
+        with (
+            nullcontext()
+            if shared or self._runs("prior")
+            else bridge_pass(self.denoiser, o.text_policy)
+        ):
+            encoded = t2l(
+                self.denoiser,
+                *texts,
+                text_process=o.text_process,
+                latent_process=o.latent_process,
+                start="noise",
+                time=o.bridge_time,
+                noise=self._noise(len(texts.tokens)),
+            )
+            z_hat = encoded.z_hat(o.latent_process) if bridges else None
+        if shared:
+            noise, time = encoded.noise[:p], encoded.time[:p]
+            target = o.latent_process.target(self.rows.need_latents()[:p], noise, time)
+            self.losses["latent_loss"] = latent_loss(
+                encoded.prediction[:p], target, count=self.counts.get("latent_loss")
+            )
+        if z_hat is not None:
+            self._use_bridge(z_hat)
+
+    def _use_bridge(self, z_hat: Latents) -> None:
+        o = self.objective
+        self.metrics |= _moments(z_hat.detach())
+        if self._runs("cycle_text"):
+            self.losses["cycle_text_loss"] = cycle_text_loss(
+                self.denoiser,
+                *self.rows.need_texts(),
+                text_process=o.text_process,
+                latent_process=o.latent_process,
+                z_hat=z_hat,
+                policy=o.text_policy,
+                count=self.counts.get("cycle_text_loss"),
+            )
+        if self._runs("prior"):
+            prior = mmd_prior if o.prior == "mmd" else moment_prior
+            self.losses["prior_loss"] = prior(z_hat, mean=o.prior_mean, variance=o.prior_variance)
+
+    def _base_latent(self) -> None:
+        """The base latent loss in a pass of its own, below full noise or unlike the bridge."""
+        o, p = self.objective, self.rows.paired
+        time: float | Tensor | None = o.base_latent_time
+        latents = self.rows.need_latents()[:p]
+        if time is None:
+            uniform = stratified_times(p, device=latents.device, generator=self.generator)
+            time = uniform * o.bridge_time
+        tokens, mask = self.rows.need_texts().first(p)
+        self.losses["latent_loss"] = t2l_loss(
+            self.denoiser,
+            tokens,
+            latents,
+            mask,
+            text_process=o.text_process,
+            latent_process=o.latent_process,
+            time=time,
+            generator=self.generator,
+            count=self.counts.get("latent_loss"),
+        )
+
+    def _denoise_both(self) -> None:
+        """One pass with both parts noised; a row without a partner trains the part it has."""
+        o, rows = self.objective, self.rows
+        texts, latents, p = rows.need_texts(), rows.need_latents(), rows.paired
+        alone, extra = len(texts.tokens) - p, len(latents) - p
+        blank = latents.new_zeros(alone, *latents.shape[1:])
+        lengths = rows.lengths_to_decode(self.generator)[p:]
+        mask = stack_masks(texts.mask, lengths)
+        tokens = F.pad(texts.tokens, (0, mask.shape[1] - texts.tokens.shape[1], 0, extra))
+        row = torch.arange(len(mask), device=mask.device)
+        loss = unconditional_loss(
+            self.denoiser,
+            o.text_process.pad(tokens, mask),
+            torch.cat([latents[:p], blank, latents[p:]]),
+            mask,
+            text_process=o.text_process,
+            latent_process=o.latent_process,
+            has_text=row < p + alone,
+            has_latent=(row < p) | (row >= p + alone),
+            generator=self.generator,
+            text_count=self.counts.get("unconditional_text_loss"),
+            latent_count=self.counts.get("unconditional_latent_loss"),
+        )
+        self.losses["unconditional_text_loss"] = loss.text
+        self.losses["unconditional_latent_loss"] = loss.latent
+
+    def _noise(self, rows: int) -> Latents:
+        texts, latents = self.rows.need_texts(), self.rows.latents
+        return draw_noise(
+            rows,
+            self.objective.latent_process,
+            at=texts.tokens,
+            like=latents,
+            generator=self.generator,
+        )
+
+
+def _moments(z_hat: Latents) -> dict[str, Tensor]:
+    """Is the latent alive: its norm, and mean and variance pooled over dimensions."""
+    flat = z_hat.flatten(1).float()
+    return {
+        "latent_pred_norm": flat.norm(dim=1).mean(),
+        "latent_pred_mean": flat.mean(dim=0).square().mean().sqrt(),
+        "latent_pred_variance": flat.var(dim=0, correction=0).mean(),
+    }
+
+
+class StepModule(nn.Module):
+    """Objective and network as one module: what one wraps in DDP or compiles.
+
+    `forward(batch, step)` runs every pass of a step inside one forward, so that DDP sees a single
+    forward and backward however many passes the plan has.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> module = StepModule(denoiser, CycleObjective(text_process, latent_process))
+        >>> module(toy_batch(seed=0), step=0).loss.ndim
+        0
+    """
+
+    def __init__(self, denoiser: Denoiser, objective: CycleObjective) -> None:
+        super().__init__()
+        network = getattr(denoiser, "network", None)
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                "StepModule needs a denoiser whose `network` is its torch.nn.Module, so that its "
+                f"parameters are registered; got {type(denoiser).__name__}: make it by as_denoiser"
+            )
+        self.network = network
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(
+        self,
+        batch: Batch,
+        step: int,
+        generator: torch.Generator | None = None,
+        counts: Mapping[str, Count] | None = None,
+    ) -> StepOutput:
+        """One step of the objective."""
+        return self.objective(self.denoiser, batch, step=step, generator=generator, counts=counts)

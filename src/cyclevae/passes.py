@@ -1,0 +1,241 @@
+"""One forward of the denoiser in one mode, with the diffusion state explicit."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cyclevae import _checks
+from cyclevae._types import Latents, Logits, MaskLike, Rows, Time, Tokens
+from cyclevae.denoiser import Denoiser, need_latents, need_logits
+from cyclevae.process import LatentProcess, TextProcess, stratified_times
+
+
+def l2t(
+    denoiser: Denoiser, latents: Latents, attention_mask: MaskLike, *, text_process: TextProcess
+) -> Logits:
+    """Decode: clean latents and a fully masked text, in one pass.
+
+    Args:
+        denoiser: the model.
+        latents: clean latents, `[b, d]` or `[b, n, d]`.
+        attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
+        text_process: the text process.
+
+    Returns:
+        Logits `[b, s, v]`.
+
+    Raises:
+        ValueError: wrong shapes, latents that are not finite, or a model that returns no logits.
+    """
+    _checks.check_latents("latents", latents)
+    _checks.check_rows("attention_mask", attention_mask, "latents", latents)
+    mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    tokens = text_process.fully_masked(mask)
+    output = denoiser.denoise(
+        tokens,
+        latents,
+        text_time=_checks.as_time("text_time", 1.0, latents),
+        latent_time=_checks.as_time("latent_time", 0.0, latents),
+        attention_mask=mask,
+        need="logits",
+    )
+    return need_logits(output, tokens, text_process.vocab_size)
+
+
+class T2L(NamedTuple):
+    """A pass of the encoder direction.
+
+    Attributes:
+        prediction: what the latent head returned, in the process's prediction type.
+        z_t: the noised latents it saw.
+        noise: the noise in them.
+        time: their time `[b]`.
+    """
+
+    prediction: Latents
+    z_t: Latents
+    noise: Latents
+    time: Time
+
+    def z_hat(self, latent_process: LatentProcess) -> Latents:
+        """The clean latents this pass means; refused where the gain is above `max_gain`."""
+        return latent_process.to_x0(self.prediction, self.z_t, self.time)
+
+
+def t2l(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    latents: Latents | None = None,
+    start: Literal["noise"] | None = None,
+    time: float | Time = 1.0,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+) -> T2L:
+    """Encode: a clean text, and latents that are noised or nothing but noise, in one pass.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process.
+        latents: clean latents to be noised to `time`; the pass then sees them, unless `time` is 1.
+        start: `"noise"` starts from pure noise at `time` and shows the model no latent; the other
+            way to say what the pass sees. One of `latents` and `start` is needed.
+        time: a number or `[b]` in [0, 1].
+        noise: standard normal noise; drawn with `generator` if not given.
+        generator: random state of the draw.
+
+    Raises:
+        ValueError: wrong shapes or values, both or none of `latents` and `start`, or noise that
+            cannot be drawn because the shape of a latent is unknown.
+    """
+    if (latents is None) == (start is None):
+        raise ValueError(
+            "give either `latents` to be noised or start='noise', "
+            f"got {'neither' if latents is None else 'both'}"
+        )
+    if start is not None:
+        _checks.check_choice("start", start, ("noise",))
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    if latents is not None:
+        _checks.check_latents("latents", latents, latent_process.shape)
+        _checks.check_rows("latents", latents, "tokens", tokens)
+    if noise is None:
+        noise = draw_noise(
+            len(tokens), latent_process, like=latents, generator=generator, at=tokens
+        )
+    else:
+        _checks.check_latents("noise", noise, latent_process.shape)
+        _checks.check_rows("noise", noise, "tokens", tokens)
+    time = _checks.as_time("time", time, noise)
+    z_t = noise if latents is None else latent_process.noised(latents, noise, time)
+    output = denoiser.denoise(
+        text_process.pad(tokens, mask),
+        z_t,
+        text_time=torch.zeros_like(time),
+        latent_time=time,
+        attention_mask=mask,
+        need="latents",
+    )
+    return T2L(need_latents(output, z_t), z_t, noise, time)
+
+
+class Joint(NamedTuple):
+    """A pass of the unconditional mode, where both parts are noised.
+
+    Attributes:
+        logits: `[b, s, v]`.
+        latent_prediction: in the process's prediction type.
+        masked: which tokens were masked `[b, s]`.
+        noise: the noise in the latents.
+        text_time: `[b]`, the rate at which tokens were masked.
+        latent_time: `[b]`.
+    """
+
+    logits: Logits
+    latent_prediction: Latents
+    masked: Tensor
+    noise: Latents
+    text_time: Time
+    latent_time: Time
+
+
+def joint(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    latents: Latents,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    has_text: Rows | None = None,
+    has_latent: Rows | None = None,
+    text_time: float | Time | None = None,
+    latent_time: float | Time | None = None,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+) -> Joint:
+    """The unconditional mode: text masked at a random rate, latents at a random time.
+
+    A row without a text has it fully masked, a row without a latent has pure noise: the model then
+    learns from the part that is there, knowing nothing of the other.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`; ignored where `has_text` is False.
+        latents: clean latents; ignored where `has_latent` is False.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process.
+        has_text: `[b]`, which rows have a text; all of them if not given.
+        has_latent: `[b]`, which rows have a latent; all of them if not given.
+        text_time: a number or `[b]`; stratified uniform if not given.
+        latent_time: a number or `[b]`; stratified uniform if not given.
+        noise: standard normal noise; drawn with `generator` if not given.
+        generator: random state of the draws.
+
+    Raises:
+        ValueError: wrong shapes or values.
+    """
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    _checks.check_latents("latents", latents, latent_process.shape)
+    _checks.check_rows("latents", latents, "tokens", tokens)
+    rows, device = len(tokens), tokens.device
+
+    def time(name: str, given: float | Time | None, present: Rows | None) -> Time:
+        if given is None:
+            given = stratified_times(rows, device=device, generator=generator)
+        given = _checks.as_time(name, given, latents)
+        return given if present is None else torch.where(present, given, torch.ones_like(given))
+
+    text_time = time("text_time", text_time, has_text)
+    latent_time = time("latent_time", latent_time, has_latent)
+    if noise is None:
+        noise = draw_noise(rows, latent_process, like=latents, generator=generator, at=tokens)
+    noisy_tokens, masked = text_process.mask(tokens, mask, text_time, generator=generator)
+    z_t = latent_process.noised(latents, noise, latent_time)
+    if has_latent is not None:  # at time 1 a discretised schedule leaves a trace of the latent
+        z_t = torch.where(has_latent.view(-1, *[1] * (z_t.ndim - 1)), z_t, noise)
+    output = denoiser.denoise(
+        noisy_tokens,
+        z_t,
+        text_time=text_time,
+        latent_time=latent_time,
+        attention_mask=mask,
+        need="both",
+    )
+    return Joint(
+        need_logits(output, tokens, text_process.vocab_size),
+        need_latents(output, z_t),
+        masked,
+        noise,
+        text_time,
+        latent_time,
+    )
+
+
+def draw_noise(
+    rows: int,
+    latent_process: LatentProcess,
+    *,
+    at: Tensor,
+    like: Latents | None = None,
+    generator: torch.Generator | None = None,
+) -> Latents:
+    """Standard normal noise in the shape of `like`, or of the process, on the device of `at`."""
+    shape = latent_process.shape if like is None else like.shape[1:]
+    if shape is None:
+        raise ValueError(
+            "noise must be drawn and no latent shows its shape: set `shape` on the LatentProcess, "
+            "as in LatentProcess(shape=(64,)), or give `noise`"
+        )
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    return torch.randn(rows, *shape, dtype=dtype, device=at.device, generator=generator)
