@@ -15,10 +15,10 @@ class JointTransformer(nn.Module):
         latent_dim: int,
         *,
         length: int,
-        width: int = 192,
-        depth: int = 3,
+        width: int = 128,
+        depth: int = 2,
         heads: int = 4,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
     ) -> None:
         super().__init__()
         self.word = nn.Embedding(vocab_size, width)

@@ -23,7 +23,7 @@ class Config:
     steps: int = 1200
     batch: int = 16
     unpaired: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 0.1
     ema: float = 0.99
     evaluate_every: int = 60
@@ -37,6 +37,7 @@ class Run:
     weights: dict[str, Tensor]
     best_step: int
     history: list[dict[str, float]]
+    interrupted: bool = False
 
 
 def train(
@@ -74,48 +75,54 @@ def train(
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     noise = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout
-    denoiser, run, best = cv.as_denoiser(network), Run({}, 0, []), float("inf")
-
+    denoiser, run = cv.as_denoiser(network), Run({}, 0, [])
     with tqdm(range(config.steps), desc=f"{name:>7}", unit="step", dynamic_ncols=True) as bar:
-        for step in bar:
-            rows = next(pairs)
-            batch = cv.Batch(*_texts(data.train, rows), data.train.latents[rows])
-            if unpaired:
-                tokens, mask = _texts(data.train, next(texts))
-                z = data.train.latents[next(latents)]
-                batch = batch._replace(
-                    unpaired_tokens=tokens, unpaired_attention_mask=mask, unpaired_latents=z
-                )
-            output = objective(denoiser, batch, step=step, generator=noise)
-            optimizer.zero_grad()
-            output.loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            averaged.update_parameters(network)
-            if (step + 1) % config.evaluate_every and step + 1 < config.steps:
-                continue
-            averaged.eval()
-            metrics = evaluate(
-                cv.as_denoiser(averaged.module), data.validation, objective.text_process,
-                objective.latent_process,
-            )  # fmt: skip
-            score = nats_per_pair(metrics, data.validation)
-            losses = {key: value.item() for key, value in output.metrics.items()}
-            row = {"step": step + 1, "score": score, **metrics}
-            run.history.append(row)
-            with log.open("a") as file:
-                file.write(json.dumps({"run": name, **row, "train": losses}) + "\n")
-            if score < best:
-                best, run.best_step = score, step + 1
-                run.weights = deepcopy(averaged.module.state_dict())
-            bar.set_postfix(
-                text=f"{losses['text_loss']:.2f}",
-                latent=f"{losses['latent_loss']:.2f}",
-                val_ce=f"{metrics['l2t_ce']:.3f}",
-                r1=f"{metrics['t2l_r1']:.3f}",
-            )
+        try:
+            for step in bar:
+                batch = _batch(data.train, next(pairs), next(texts), next(latents))
+                if not unpaired:
+                    batch = cv.Batch(*batch[:3])
+                output = objective(denoiser, batch, step=step, generator=noise)
+                optimizer.zero_grad()
+                output.loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                averaged.update_parameters(network)
+                if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
+                    row = _evaluate(averaged.module, objective, data.validation, step + 1, run)
+                    losses = {key: value.item() for key, value in output.metrics.items()}
+                    with log.open("a") as file:
+                        file.write(json.dumps({"run": name, **row, "train": losses}) + "\n")
+                    bar.set_postfix(
+                        loss=f"{losses['loss']:.2f}",
+                        val_ce=f"{row['l2t_ce']:.3f}",
+                        val_mse=f"{row['t2l_mse']:.3f}",
+                        r1=f"{row['t2l_r1']:.3f}",
+                    )
+        except KeyboardInterrupt:  # keep what there is: a partial result is a result
+            run.interrupted = True
     return run
+
+
+def _evaluate(
+    network: nn.Module, objective: cv.CycleObjective, held_out: Split, step: int, run: Run
+) -> dict[str, float]:
+    """Add a row to the history, and keep the weights if they are the best so far."""
+    network.eval()
+    denoiser = cv.as_denoiser(network)
+    metrics = evaluate(denoiser, held_out, objective.text_process, objective.latent_process)
+    row = {"step": step, "score": nats_per_pair(metrics, held_out), **metrics}
+    if row["score"] < min((past["score"] for past in run.history), default=float("inf")):
+        run.best_step, run.weights = step, deepcopy(network.state_dict())
+    run.history.append(row)
+    return row
+
+
+def _batch(split: Split, pairs: Tensor, texts: Tensor, latents: Tensor) -> cv.Batch:
+    return cv.Batch(
+        *_texts(split, pairs), split.latents[pairs], *_texts(split, texts), split.latents[latents]
+    )
 
 
 def _batches(split: Split, rows: Tensor, size: int, *, seed: int) -> Iterator[Tensor]:

@@ -169,6 +169,7 @@ def cycle_latent_loss(
                 temperature=temperature,
                 generator=generator,
             )
+        y_hat, mask = text_process.cut(y_hat, mask)
     if noise is None:
         noise = draw_noise(
             len(latents), latent_process, at=latents, like=latents, generator=generator

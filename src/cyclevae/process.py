@@ -25,7 +25,9 @@ class TextProcess:
         pad_id: the id at padded positions; the mask id where the model has none.
         special_ids: further ids that no pseudo-text may choose (the mask and padding never are).
         start_id: where texts carry a first token (`[CLS]`), it is placed there in pseudo-texts.
-        end_id: where texts carry a last token (`[SEP]`), it is placed there in pseudo-texts.
+        end_id: where texts carry a last token (`[SEP]`).
+        end: of a pseudo-text: `placed` puts `end_id` at the end of the length it was given;
+            `predicted` lets the decoder choose `end_id`, and the text ends at the first one.
 
     Raises:
         ValueError: an id outside the vocabulary.
@@ -43,6 +45,7 @@ class TextProcess:
     special_ids: tuple[int, ...] = ()
     start_id: int | None = None
     end_id: int | None = None
+    end: Literal["placed", "predicted"] = "placed"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_ids", tuple(self.special_ids))
@@ -52,6 +55,9 @@ class TextProcess:
         for name, value in ids.items():
             if value is not None and not 0 <= value < self.vocab_size:
                 raise ValueError(f"`{name}` must lie in [0, {self.vocab_size}), got {value}")
+        _checks.check_choice("end", self.end, ("placed", "predicted"))
+        if self.end == "predicted" and self.end_id is None:
+            raise ValueError("end='predicted' needs the `end_id` at which a text ends")
         if len(self.forbidden_ids) >= self.vocab_size:
             raise ValueError("every id of the vocabulary is forbidden; a pseudo-text needs words")
 
@@ -87,8 +93,9 @@ class TextProcess:
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
         """The ids that no bridge may choose."""
-        named = (self.mask_id, self.pad_id, self.start_id, self.end_id, *self.special_ids)
-        return tuple(sorted({i for i in named if i is not None}))
+        named = {self.mask_id, self.pad_id, self.start_id, self.end_id, *self.special_ids}
+        allowed = {None} if self.end == "placed" else {None, self.end_id}
+        return tuple(sorted(i for i in named - allowed if i is not None))
 
     def forbid(self, logits: Logits) -> Logits:
         """Logits with the forbidden ids at minus infinity."""
@@ -129,10 +136,18 @@ class TextProcess:
         if self.start_id is not None:
             first = attention_mask & (attention_mask.cumsum(1) == 1)
             tokens = tokens.masked_fill(first, self.start_id)
-        if self.end_id is not None:
+        if self.end_id is not None and self.end == "placed":
             last = attention_mask & (attention_mask.flip(1).cumsum(1).flip(1) == 1)
             tokens = tokens.masked_fill(last, self.end_id)
         return tokens
+
+    def cut(self, tokens: Tokens, attention_mask: Mask) -> tuple[Tokens, Mask]:
+        """End pseudo-texts at their first predicted end; unchanged where the end is placed."""
+        if self.end == "placed" or self.end_id is None:
+            return tokens, attention_mask
+        ends = tokens.eq(self.end_id)
+        attention_mask = attention_mask & (ends.cumsum(dim=1) - ends.long() == 0)
+        return self.pad(tokens, attention_mask), attention_mask
 
     @property
     def _fill_id(self) -> int:

@@ -1,0 +1,46 @@
+# Each target sets up what it needs; ARGS goes to the program, as in: make demo ARGS="--quick"
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
+ARGS ?=
+
+.PHONY: help demo test test-slow lint docs clean
+
+help:
+	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
+	@echo "make test   the fast tests"
+	@echo "make test-slow lint docs   what .ci/run adds"
+
+demo: .venv/demo
+	@$(BIN)/python examples/sentences/demo.py $(ARGS)
+
+test: .venv/test
+	$(BIN)/python -m pytest -m "not slow" $(HOOK) src tests --doctest-modules --ignore tests/test_errors.py
+	$(BIN)/python -m pytest tests/test_errors.py
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow tests
+
+lint: .venv/dev
+	$(BIN)/ruff format --check src tests examples docs
+	$(BIN)/ruff check src tests examples docs
+	$(BIN)/mypy
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv build dist site
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing cyclevae[$(EXTRAS_$*)] into .venv (once) ..."
+	$(PIP) -e ".[$(EXTRAS_$*)]"
+	@touch $@
+
+EXTRAS_demo := demo
+EXTRAS_test := test,demo
+EXTRAS_dev := dev

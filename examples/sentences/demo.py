@@ -1,0 +1,167 @@
+"""Train a bidirectional text/latent denoiser on real sentences, with and without the cycles.
+
+Three runs that differ in nothing but their data and two weights: `base` sees 1,000 pairs, `control`
+also texts and latents that have no partner, and `cycle` teaches the two directions each other on
+them. Run it with `make demo`.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: kind to shared cores
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from data import MASK, PAD, UNK, DemoError, Sentences, load_sentences, regime
+from evaluate import evaluate
+from report import plot, sentences_table, table
+from safetensors.torch import save_file
+from torch import nn
+from train import Config, Run, train
+
+import cyclevae as cv
+
+HERE = Path(__file__).resolve().parent
+RUNS = ("base", "control", "cycle")
+
+
+def main() -> int:
+    options = _options()
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("\nstopped before the first result; nothing was written")
+        return 130
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(
+            f"error: cannot write {error.filename or options.output}: {error.strerror}; "
+            "free some space, or choose another folder with --output and --cache",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)  # fixed, because sums in another order differ in their last digits
+    out: Path = options.output
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "metrics.jsonl"
+    log.write_text("")
+    config = Config(seed=options.seed, steps=options.steps, evaluate_every=options.steps // 16)
+    data = load_sentences(
+        options.cache, dim=64, seed=options.seed, limit=2000 if options.quick else None
+    )
+    split = regime(data.train, 300 if options.quick else 1000, options.seed)
+    text_process = cv.TextProcess(
+        mask_id=MASK, vocab_size=len(data.vocabulary), pad_id=PAD, special_ids=(UNK,)
+    )
+    latent_process = cv.LatentProcess("cosine", prediction="v", shape=(64,))
+    control = cv.CycleObjective(
+        text_process, latent_process, cycle_text_weight=0.0, cycle_latent_weight=0.0
+    )
+    warmup = options.steps // 4  # first the pairs, until the directions know something to teach
+    cycle = replace(
+        control,
+        cycle_text_weight=cv.ramp(1.0, warmup, warmup),
+        cycle_latent_weight=cv.ramp(5.0, warmup, warmup),
+    )
+    print(
+        f"{len(data.train):,} training sentences: {len(split.paired):,} pairs, "
+        f"{len(split.unpaired_text):,} texts and {len(split.unpaired_latent):,} latents without "
+        f"partner; {len(data.validation)} to choose checkpoints, {len(data.test)} to test; "
+        f"{len(data.vocabulary):,} word pieces"
+    )
+    _save_contract(out, data, config, options)
+
+    denoisers: dict[str, cv.Denoiser] = {}
+    summary: dict[str, dict[str, float]] = {}
+    finished: dict[str, Run] = {}
+    for name in RUNS:
+        torch.manual_seed(options.seed)
+        network = _network(options.model, data)
+        began = time.perf_counter()
+        result = train(
+            name, network, cycle if name == "cycle" else control, data, split, config,
+            unpaired=name != "base", log=log,
+        )  # fmt: skip
+        if result.weights:
+            network.load_state_dict(result.weights)
+            save_file(result.weights, out / f"{name}.safetensors")
+            denoisers[name], finished[name] = cv.as_denoiser(network.eval()), result
+            summary[name] = evaluate(denoisers[name], data.test, text_process, latent_process)
+            summary[name] |= {"best_step": result.best_step}
+            _write(out / "summary.json", json.dumps(summary, indent=2))
+        if result.interrupted:
+            break
+        print(f"{name:>7}: best at step {result.best_step}, {time.perf_counter() - began:.0f} s")
+    if not finished:
+        raise KeyboardInterrupt
+    interrupted = len(finished) < len(RUNS) or result.interrupted
+    print("\n" + table(summary, pool=len(data.test)))
+    print("\n" + sentences_table(denoisers, data, text_process))
+    plot(finished, out / "curves.png")
+    if interrupted:
+        print("\ninterrupted: the results above are those of the steps that ran")
+    print(
+        f"\nresults: {out / 'summary.json'}, {out / 'metrics.jsonl'}, {out / 'curves.png'}; "
+        f"checkpoints, vocabulary and latent normaliser lie beside them"
+    )
+    return 130 if interrupted else 0
+
+
+def _network(kind: str, data: Sentences) -> nn.Module:
+    length = data.train.tokens.shape[1]
+    if kind == "joint":
+        from model import JointTransformer
+
+        return JointTransformer(len(data.vocabulary), 64, length=length)
+    try:
+        from mmdit_model import MMDiTDenoiser
+    except ImportError as error:
+        raise DemoError(
+            f'--model mmdit needs the package "mmdit": {error}; pip install mmdit'
+        ) from error
+    return MMDiTDenoiser(len(data.vocabulary), 64, length=length)
+
+
+def _save_contract(out: Path, data: Sentences, config: Config, options: argparse.Namespace) -> None:
+    """What a checkpoint needs to be used: ids, latent statistics (`normaliser.undo`), settings."""
+    data.normaliser.save(out / "normaliser.safetensors")
+    _write(out / "vocabulary.json", json.dumps(list(data.vocabulary.pieces)))
+    settings = {"model": options.model, "quick": options.quick, **asdict(config)}
+    _write(out / "config.json", json.dumps(settings, indent=2))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("joint", "mmdit"), default="joint")
+    parser.add_argument("--quick", action="store_true", help="a small part of the data, 90 s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of each run (default 1,200; quick: 64)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
+    options = parser.parse_args()
+    if options.steps is None:
+        options.steps = 64 if options.quick else 1200
+    if options.steps < 16:
+        parser.error(f"--steps must be at least 16, got {options.steps}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

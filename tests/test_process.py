@@ -1,0 +1,400 @@
+import itertools
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cyclevae as cv
+import oracles
+from cyclevae.process import noise_latents, stratified_times
+from strategies import latents, masks, quick, seeds
+
+PREDICTIONS = ("epsilon", "x0", "v")
+PAIRS = list(itertools.permutations(PREDICTIONS, 2))
+TEXT = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- schedules --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedule_is_the_hosts(schedule, dtype):
+    time = torch.cat([torch.linspace(0, 1, 3001), torch.arange(1000) / 999]).clamp(0, 1)
+    alpha, sigma = cv.LatentProcess(schedule).alpha_sigma(time.to(dtype))
+    index = oracles.host_index(time.numpy()) if dtype == torch.float32 else None
+    if index is None:
+        index = np.floor(999 * time.double().numpy()).astype(int)
+    alpha_bar = oracles.host_alpha_bar(schedule)[index].astype(float)
+    assert alpha.dtype == sigma.dtype == dtype
+    np.testing.assert_allclose(oracles.array(alpha) ** 2, alpha_bar, rtol=1e-3)
+    np.testing.assert_allclose(oracles.array(sigma) ** 2, 1 - alpha_bar, rtol=1e-3)
+
+
+def test_gain_of_the_hosts_cosine():
+    table = {0.5: 1.01, 0.9: 6.37, 0.95: 12.8, 0.98: 32.1, 0.99: 64.2, 0.999: 642, 1.0: 6.42e4}
+    gain = cv.LatentProcess("cosine").gain(torch.tensor(list(table)))
+    np.testing.assert_allclose(gain, list(table.values()), rtol=5e-3)
+
+
+@quick
+@given(st.floats(0, 1))
+def test_continuous_cosine(t):
+    time = torch.tensor([t], dtype=torch.float64)
+    alpha, sigma = cv.LatentProcess("continuous_cosine").alpha_sigma(time)
+    assert float(alpha) == pytest.approx(math.cos(math.pi * t / 2), abs=1e-15)
+    assert float(alpha**2 + sigma**2) == pytest.approx(1, abs=1e-15)
+
+
+def test_continuous_cosine_is_exact_at_its_ends():
+    ends = torch.tensor([0.0, 1.0])
+    alpha, sigma = cv.LatentProcess("continuous_cosine").alpha_sigma(ends)
+    assert (alpha.tolist(), sigma.tolist()) == ([1.0, 0.0], [0.0, 1.0])
+
+
+def test_a_schedule_of_ones_own():
+    process = cv.LatentProcess(lambda t: (1 - t, t), prediction="x0")
+    time = torch.tensor([0.25, 1.0])
+    assert process.gain(time).tolist() == [pytest.approx(1 / 3), math.inf]
+    noised = process.noised(torch.ones(2, 3), torch.full((2, 3), 5.0), time)
+    assert noised.tolist() == [[2.0] * 3, [5.0] * 3]
+
+
+def test_half_precision_times_are_read_in_fp32():
+    alpha, _ = cv.LatentProcess().alpha_sigma(torch.tensor([0.5], dtype=torch.bfloat16))
+    assert alpha.dtype == torch.float32
+
+
+# --- conversions ------------------------------------------------------------------------------
+
+
+def noised_at(time, schedule="cosine", shape=(3, 2)):
+    """A clean latent and its noise, noised: every prediction of it is known."""
+    time = torch.full((4,), time, dtype=torch.float64)
+    alpha, sigma = cv.LatentProcess(schedule).alpha_sigma(time)
+    x0, epsilon = randn(4, *shape), randn(4, *shape, seed=1)
+    a, s = (x.view(-1, *[1] * len(shape)) for x in (alpha, sigma))
+    known = {"x0": x0, "epsilon": epsilon, "v": a * epsilon - s * x0}
+    return known, a * x0 + s * epsilon, alpha, sigma
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize("time", [0.0, 0.3, 0.9, 0.98])
+def test_conversion(source, target, time):
+    known, z_t, alpha, sigma = noised_at(time)
+    there = cv.convert(known[source], z_t, alpha, sigma, source=source, target=target)
+    torch.testing.assert_close(there, known[target], rtol=1e-12, atol=1e-12)
+    back = cv.convert(there, z_t, alpha, sigma, source=target, target=source)
+    torch.testing.assert_close(back, known[source], rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(latents(scale=1.0), st.sampled_from(PAIRS), st.floats(0.05, 0.98), seeds)
+def test_conversion_solves_the_linear_system(z_t, pair, t, seed):
+    value = randn(*z_t.shape, seed=seed)
+    time = torch.full((len(z_t),), t, dtype=torch.float64)
+    alpha, sigma = cv.LatentProcess("continuous_cosine").alpha_sigma(time)
+    source, target = pair
+    got = cv.convert(value, z_t, alpha, sigma, source=source, target=target)
+    expected = oracles.convert(value, z_t, alpha, sigma, source, target)
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_conversion_to_itself_is_the_identity():
+    value, alpha = randn(2, 3), torch.ones(2)
+    for name in PREDICTIONS:
+        assert cv.convert(value, value, alpha, alpha, source=name, target=name) is value
+
+
+@pytest.mark.parametrize("time", [0.2, 0.9])
+def test_errors_of_the_three_predictions(time):
+    known, z_t, alpha, sigma = noised_at(time)
+    wrong = known["x0"] + randn(4, 3, 2, seed=2)
+    error = {
+        name: (cv.convert(wrong, z_t, alpha, sigma, source="x0", target=name) - known[name])
+        .square()
+        .sum()
+        for name in ("epsilon", "v")
+    }
+    on_x0, snr = (wrong - known["x0"]).square().sum(), (alpha / sigma)[0].square()
+    torch.testing.assert_close(error["epsilon"], snr * on_x0)
+    torch.testing.assert_close(error["v"], (1 + snr) * on_x0)
+
+
+def test_v_at_full_noise_is_minus_the_latent():
+    process = cv.LatentProcess("continuous_cosine", prediction="v")
+    v, z_t, one = randn(3, 4), randn(3, 4, seed=1), torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(process.to_x0(v, z_t, one), -v, rtol=0, atol=0)
+
+
+def test_the_copy_model_decodes_to_nothing():
+    process = cv.LatentProcess("cosine", prediction="epsilon", max_gain=1e6)
+    z_t = randn(3, 4)
+    x0 = process.to_x0(z_t, z_t, torch.ones(3, dtype=torch.float64))
+    assert 0 < x0.norm() < 1e-4 * z_t.norm()
+
+
+def test_epsilon_is_converted_in_fp32_whatever_comes():
+    """In bf16 a perfect epsilon decodes to an error of 15; in fp32 to one of 0.002."""
+    process = cv.LatentProcess("cosine", prediction="epsilon", max_gain=1e6)
+    x0, epsilon = randn(64, 64, dtype=torch.float32), randn(64, 64, seed=1, dtype=torch.float32)
+    one = torch.ones(64)
+    z_t = process.noised(x0, epsilon, one)
+    assert (process.to_x0(epsilon, z_t, one) - x0).square().mean().sqrt() < 0.01
+    bf16 = [x.bfloat16() for x in (epsilon, z_t)]
+    alpha, sigma = process.alpha_sigma(one)
+    got = cv.convert(*bf16, alpha, sigma, source="epsilon", target="x0")
+    wide = cv.convert(*(x.float() for x in bf16), alpha, sigma, source="epsilon", target="x0")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_bf16_is_computed_in_fp32_and_returned_in_bf16(prediction):
+    process = cv.LatentProcess(prediction=prediction)
+    value, z_t = (randn(3, 4, seed=i).bfloat16() for i in (0, 1))
+    time = torch.tensor([0.1, 0.5, 0.9])
+    x0, wide = process.to_x0(value, z_t, time), process.to_x0(value.float(), z_t.float(), time)
+    assert x0.dtype == torch.bfloat16
+    torch.testing.assert_close(x0, wide.bfloat16(), rtol=0, atol=0)
+    noised = process.noised(value, z_t, time)
+    assert noised.dtype == torch.bfloat16
+    wide = process.noised(value.float(), z_t.float(), time).bfloat16()
+    torch.testing.assert_close(noised, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("shape", [(4,), (3, 2)])
+def test_target_and_noising(prediction, shape):
+    process = cv.LatentProcess("sigmoid", prediction=prediction)
+    known, z_t, *scales = noised_at(0.4, "sigmoid", shape)
+    time = torch.full((4,), 0.4, dtype=torch.float64)
+    torch.testing.assert_close(process.noised(known["x0"], known["epsilon"], time), z_t)
+    torch.testing.assert_close(noise_latents(known["x0"], known["epsilon"], *scales), z_t)
+    target = process.target(known["x0"], known["epsilon"], time)
+    torch.testing.assert_close(target, known[prediction])
+    torch.testing.assert_close(process.to_x0(target, z_t, time), known["x0"])
+
+
+def test_each_row_has_its_own_time():
+    process, z, noise = cv.LatentProcess("linear"), randn(3, 2, 2), randn(3, 2, 2, seed=1)
+    time = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    whole = process.noised(z, noise, time)
+    rows = [process.noised(z[i : i + 1], noise[i : i + 1], time[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(whole, torch.cat(rows))
+
+
+# --- ill-conditioned times --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time", [1.0, 0.95, torch.tensor([0.1, 0.95])])
+def test_epsilon_above_max_gain_is_refused_with_its_cures(time):
+    process = cv.LatentProcess("cosine", prediction="epsilon")
+    with pytest.raises(ValueError) as caught:
+        process.refuse_ill_conditioned(time)
+    for part in (
+        "an epsilon prediction at time",
+        "above max_gain = 10",
+        "predict `v` or `x0`",
+        "capped time such as 0.9",
+        "DDIM steps under no_grad, the last one differentiable",
+    ):
+        assert part in str(caught.value)
+
+
+def test_the_refusal_names_time_and_gain():
+    process = cv.LatentProcess("cosine", prediction="epsilon")
+    expected = re.escape("at time 1 has a gain of 6.418e+04")
+    with pytest.raises(ValueError, match=expected):
+        process.to_x0(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2))
+
+
+def test_zero_terminal_snr_is_refused():
+    process = cv.LatentProcess("continuous_cosine", prediction="epsilon", max_gain=1e30)
+    with pytest.raises(ValueError, match="gain of inf"):
+        process.refuse_ill_conditioned(1.0)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_v_and_x0_are_never_refused(prediction):
+    for schedule in ("cosine", "linear", "sigmoid", "continuous_cosine"):
+        process = cv.LatentProcess(schedule, prediction=prediction)
+        process.refuse_ill_conditioned(1.0)
+        x0 = process.to_x0(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2))
+        assert torch.isfinite(x0).all()
+
+
+def test_max_gain_is_the_line():
+    inside = cv.LatentProcess("cosine", prediction="epsilon")
+    inside.refuse_ill_conditioned(0.9)
+    inside.refuse_ill_conditioned(torch.zeros(0))
+    cv.LatentProcess("cosine", prediction="epsilon", max_gain=1e5).refuse_ill_conditioned(1.0)
+    tight = cv.LatentProcess("cosine", prediction="epsilon", max_gain=6.0)
+    with pytest.raises(ValueError, match="above max_gain = 6:"):
+        tight.refuse_ill_conditioned(0.9)
+
+
+def test_without_value_checks_only_numbers_are_refused():
+    process = cv.LatentProcess("cosine", prediction="epsilon")
+    with cv.check_values(False):
+        process.refuse_ill_conditioned(torch.ones(2))
+        with pytest.raises(ValueError, match="max_gain"):
+            process.refuse_ill_conditioned(1.0)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_masking_rate():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((5, 4000), 4)
+    kept = torch.arange(4000).expand(5, -1) < 3600
+    rate = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    _, masked = TEXT.mask(tokens, kept, rate, generator=generator)
+    counts = masked.sum(dim=1).tolist()
+    assert counts[0] == 0 and counts[-1] == 3600
+    for count, r in zip(counts[1:-1], rate.tolist()[1:-1], strict=True):
+        assert abs(count - 3600 * r) < 4 * math.sqrt(3600 * r * (1 - r))
+
+
+@quick
+@given(masks(), seeds)
+def test_masking_touches_nothing_else(mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 7, mask.shape, generator=generator)
+    rate = torch.rand(len(mask), generator=generator)
+    noised, masked = TEXT.mask(tokens, mask, rate, generator=generator)
+    assert not (masked & ~mask).any()
+    expected = torch.where(masked, 2, torch.where(mask, tokens, 0))
+    assert torch.equal(noised, expected)
+    assert torch.equal(TEXT.fully_masked(mask), torch.where(mask, 2, 0))
+    assert torch.equal(TEXT.pad(tokens, mask), torch.where(mask, tokens, 0))
+
+
+def test_masking_is_reproducible():
+    tokens, kept, rate = torch.full((2, 50), 4), torch.ones(2, 50).bool(), torch.full((2,), 0.5)
+    first, again, other = (
+        TEXT.mask(tokens, kept, rate, generator=torch.Generator().manual_seed(s))[1]
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_padding_without_a_padding_id_is_masked():
+    text = cv.TextProcess(mask_id=2, vocab_size=7)
+    mask = torch.tensor([[True, False]])
+    assert text.fully_masked(mask).tolist() == [[2, 2]]
+    assert text.pad(torch.tensor([[4, 5]]), mask).tolist() == [[4, 2]]
+
+
+FRAMED = cv.TextProcess(mask_id=2, vocab_size=9, pad_id=0, special_ids=(7,), start_id=3, end_id=4)
+
+
+def test_frame():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
+    framed = FRAMED.frame(torch.full((5, 4), 5), mask.bool())
+    expected = [[3, 5, 5, 4], [3, 5, 4, 0], [0, 0, 3, 4], [0, 4, 0, 0], [0, 0, 0, 0]]
+    assert framed.tolist() == expected
+    assert TEXT.frame(torch.full((5, 4), 5), mask.bool()).tolist() == (mask * 5).tolist()
+
+
+def test_forbidden_ids():
+    assert TEXT.forbidden_ids == (0, 2)
+    assert FRAMED.forbidden_ids == (0, 2, 3, 4, 7)
+    assert cv.TextProcess(mask_id=2, vocab_size=7).forbidden_ids == (2,)
+    logits = torch.zeros(1, 2, 9)
+    allowed = FRAMED.forbid(logits)
+    assert (allowed == -math.inf)[0, 0].nonzero().flatten().tolist() == [0, 2, 3, 4, 7]
+    assert not logits.any()  # a copy
+
+
+class Tokenizer(SimpleNamespace):
+    def __len__(self):
+        return 12
+
+
+def test_from_tokenizer():
+    bert = Tokenizer(
+        mask_token_id=3,
+        pad_token_id=0,
+        cls_token_id=1,
+        sep_token_id=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        all_special_ids=[4, 0, 1, 2, 3, 3],
+    )
+    text = cv.TextProcess.from_tokenizer(bert)
+    assert text == cv.TextProcess(
+        mask_id=3, vocab_size=12, pad_id=0, special_ids=(0, 1, 2, 3, 4), start_id=1, end_id=2
+    )
+    assert text.forbidden_ids == (0, 1, 2, 3, 4)
+
+
+def test_from_tokenizer_without_cls_and_sep():
+    gpt = Tokenizer(mask_token_id=3, bos_token_id=5, eos_token_id=6)
+    text = cv.TextProcess.from_tokenizer(gpt)
+    assert (text.start_id, text.end_id, text.pad_id) == (5, 6, None)
+    assert text.forbidden_ids == (3, 5, 6)
+    assert cv.TextProcess.from_tokenizer(Tokenizer(mask_token_id=3)).forbidden_ids == (3,)
+    zero = Tokenizer(mask_token_id=0, cls_token_id=0, bos_token_id=5)  # 0 is an id, not a lack
+    assert cv.TextProcess.from_tokenizer(zero).start_id == 0
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(), Tokenizer(mask_token_id=None)])
+def test_from_tokenizer_without_a_mask_token(tokenizer):
+    with pytest.raises(ValueError, match=r"\(Tokenizer\) has no mask token; add one.*\[MASK\]"):
+        cv.TextProcess.from_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"mask_id": 7}, r"`mask_id` must lie in \[0, 7\), got 7"),
+        ({"mask_id": -1}, "`mask_id` .* got -1"),
+        ({"pad_id": 9}, "`pad_id` .* got 9"),
+        ({"start_id": 7}, "`start_id` .* got 7"),
+        ({"end_id": -2}, "`end_id` .* got -2"),
+        ({"special_ids": (1, 8)}, r"`special_ids\[1\]` .* got 8"),
+        ({"special_ids": tuple(range(7))}, "every id of the vocabulary is forbidden"),
+    ],
+)
+def test_ids_out_of_range(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        cv.TextProcess(**{"mask_id": 2, "vocab_size": 7, **arguments})
+
+
+# --- times ------------------------------------------------------------------------------------
+
+
+@quick
+@given(st.integers(1, 300), seeds)
+def test_stratified_times_fill_every_stratum(rows, seed):
+    times = stratified_times(rows, generator=torch.Generator().manual_seed(seed)).double()
+    assert (times >= 0).all() and (times <= 1).all()
+    lower = times.sort().values - torch.arange(rows).double() / rows
+    assert (lower > -1e-5).all() and (lower < 1 / rows + 1e-5).all()
+
+
+def test_stratified_times_are_uniform_in_every_row():
+    generator = torch.Generator().manual_seed(0)
+    times = torch.stack([stratified_times(4, generator=generator) for _ in range(2000)])
+    error = 4 * math.sqrt(1 / 12 / 2000)
+    assert (times.mean(dim=0) - 0.5).abs().max() < error
+    assert (times.var(dim=0) - 1 / 12).abs().max() < 0.01
+    assert abs(float(torch.corrcoef(times.T)[0, 1])) < 0.4  # strata differ, in random order
+
+
+def test_stratified_times_are_reproducible():
+    first, again = (stratified_times(5, generator=torch.Generator().manual_seed(0)) for _ in "ab")
+    assert torch.equal(first, again)
+    assert stratified_times(0).shape == (0,)
