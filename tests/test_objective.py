@@ -267,8 +267,8 @@ class OneHead(nn.Module):
 def test_who_learns_from_which_term(term, policy, learns, frozen):
     denoiser = two_towers()
     _, text, latent = toy_denoiser()
-    weights = {f"{t}_weight": 0.0 for t in
-               ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")}  # fmt: skip
+    terms = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
+    weights = {f"{t}_weight": 0.0 for t in terms}
     objective = cv.CycleObjective(
         text, latent, **weights | {f"{term}_weight": 1.0}, text_policy=policy
     )
@@ -348,7 +348,9 @@ def test_the_text_cycle_falls_over_50_steps():
         output.loss.backward()
         optimizer.step()
         curve.append(output.metrics["cycle_text_loss"].item())
-    assert sum(curve[-5:]) / 5 < 0.7 * sum(curve[:5]) / 5
+    assert sum(curve[-5:]) < 0.75 * sum(curve[:5])
+    # four words are equally frequent: below log 4, the latent must tell which
+    assert sum(curve[-5:]) / 5 < 0.95 * math.log(4)
 
 
 class TinyTransformer(nn.Module):

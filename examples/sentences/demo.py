@@ -16,15 +16,18 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from data import MASK, PAD, UNK, DemoError, Sentences, load_sentences, regime
-from evaluate import evaluate
-from report import plot, sentences_table, table
-from safetensors.torch import save_file
-from torch import nn
-from train import Config, Run, train
+try:
+    import torch
+    from data import INSTALL, MASK, PAD, UNK, DemoError, Sentences, load_sentences, regime
+    from evaluate import evaluate
+    from report import plot, sentences_table, table
+    from safetensors.torch import save_file
+    from torch import nn
+    from train import Config, Run, train
 
-import cyclevae as cv
+    import cyclevae as cv
+except ImportError as error:
+    sys.exit(f'error: the demo misses a package ({error}): run "make demo", which installs it')
 
 HERE = Path(__file__).resolve().parent
 RUNS = ("base", "control", "cycle")

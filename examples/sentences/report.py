@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 import torch
 from data import UNK, Sentences
 from torch import Tensor
 from train import Run
 
 import cyclevae as cv
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402 - the backend comes first
 
 ROWS = {
     "l2t_ce": ("L2T cross-entropy, nats per token", "low", ".3f"),
@@ -87,11 +91,6 @@ def unmask(
 
 def plot(runs: Mapping[str, Run], path: Path) -> None:
     """Validation curves of all runs; a dot marks the checkpoint that was kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     colours = {"base": "#7f7f7f", "control": "#1f77b4", "cycle": "#d62728"}
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     keys = ("l2t_ce", "t2l_mse", "t2l_r1", "text_cycle_accuracy")
