@@ -1,6 +1,8 @@
 """One step: which passes run, what they weigh, what is reported, and that it learns."""
 
+import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -383,3 +385,43 @@ def test_step_module_registers_the_network_and_runs_a_step(toy):
     assert all(p.grad is not None for p in module.parameters())
     with pytest.raises(TypeError, match="make it by as_denoiser"):
         cv.StepModule(Recorder(denoiser), cv.CycleObjective(text, latent))
+
+
+def test_a_configuration_survives_json(toy):
+    _, text, _ = toy
+    objective = cv.CycleObjective(
+        text,
+        cv.LatentProcess("linear", "x0", shape=(4,)),
+        cycle_text_weight=cv.ramp(1.0, 10, 20),
+        prior_weight=0.5,
+        prior_mean=torch.tensor([0.0, 1.0, 2.0, 3.0]),
+        text_policy=cv.GradientPolicy("full", ("decoder.*",)),
+    )
+    config = json.loads(json.dumps(objective.to_config()))
+    again = cv.CycleObjective.from_config(config)
+    assert again.to_config() == config == objective.to_config()
+    assert again.cycle_text_weight == cv.ramp(1.0, 10, 20)
+    assert again.text_policy == objective.text_policy
+    assert {f.name for f in fields(objective)} | {"version"} == config.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cycle_txt_weight", 1.0, "unknown key 'cycle_txt_weight'.*'cycle_text_weight'"),
+        ("latent_process", {"predicton": "v"}, "unknown key 'predicton' for LatentProcess.*'pred"),
+        ("version", 9, "`version` must be 1, got 9"),
+        ("text_process", {}, "incomplete configuration.*mask_id"),
+    ],
+)
+def test_a_configuration_with_a_typo_is_refused(toy, key, value, message):
+    _, text, latent = toy
+    config = cv.CycleObjective(text, latent).to_config()
+    with pytest.raises(ValueError, match=message):
+        cv.CycleObjective.from_config(config | {key: value})
+
+
+def test_a_function_of_ones_own_has_no_configuration(toy):
+    _, text, latent = toy
+    with pytest.raises(ValueError, match=r"`prior_weight` is .*a plain configuration cannot hold"):
+        cv.CycleObjective(text, latent, prior_weight=lambda step: 1.0).to_config()

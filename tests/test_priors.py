@@ -48,7 +48,7 @@ targets = st.sampled_from(["number", "0-d", "per dimension"])
 
 def flat(moment, shape):
     """A moment spread over the dimensions, for the oracle."""
-    moment = torch.as_tensor(moment).double()
+    moment = torch.as_tensor(moment, dtype=torch.float64)
     return array(moment.expand(shape).reshape(-1))
 
 
@@ -99,7 +99,10 @@ def test_mmd_table(tau2, sigma2, biased, unbiased):
     ],
 )
 def test_kernel_means_table(tau2, sigma2, cross, own):
-    bandwidth2, variance = torch.tensor(sigma2).double(), torch.full((2,), tau2).double()
+    bandwidth2, variance = (
+        torch.tensor(sigma2, dtype=torch.float64),
+        torch.full((2,), tau2).double(),
+    )
     got = gaussian_mean(TRIANGLE, bandwidth2, variance)
     np.testing.assert_allclose(got, cross, atol=1e-11)
     assert float(gaussian_self(bandwidth2, variance)) == pytest.approx(own, abs=1e-11)
@@ -109,8 +112,8 @@ def test_kernel_means_by_quadrature_and_by_sampling():
     """Two further routes: the trapezoidal rule, and a million draws."""
     x, bandwidth2 = randn(4, 3), 1.7
     variance = torch.tensor([0.2, 1.0, 3.0]).double()
-    means = array(gaussian_mean(x, torch.tensor(bandwidth2).double(), variance))
-    own = float(gaussian_self(torch.tensor(bandwidth2).double(), variance))
+    means = array(gaussian_mean(x, torch.tensor(bandwidth2, dtype=torch.float64), variance))
+    own = float(gaussian_self(torch.tensor(bandwidth2, dtype=torch.float64), variance))
     for row, got in zip(array(x), means, strict=True):
         expected = oracles.kernel_mean(row, bandwidth2, np.zeros(3), array(variance))
         assert got == pytest.approx(expected, rel=1e-12)
@@ -126,7 +129,7 @@ def test_kernel_means_by_quadrature_and_by_sampling():
 
 def test_gram():
     x = randn(5, 3)
-    gram = array(gaussian_gram(x, torch.tensor(1.3).double()))
+    gram = array(gaussian_gram(x, torch.tensor(1.3, dtype=torch.float64)))
     for i in range(5):
         for j in range(5):
             expected = oracles.kernel(array(x)[i], array(x)[j], 1.3)
@@ -194,7 +197,7 @@ def test_mmd_population_formula(v):
 def test_mmd_is_the_limit_of_the_two_sample_statistic():
     x, bandwidth2, m = randn(4, 2), 1.5, 3000
     prior = randn(m, 2, seed=9)
-    gram = gaussian_gram(torch.cat([x, prior]), torch.tensor(bandwidth2).double())
+    gram = gaussian_gram(torch.cat([x, prior]), torch.tensor(bandwidth2, dtype=torch.float64))
     xx, zz, xz = gram[:4, :4], gram[4:, 4:], gram[:4, 4:]
     two_sample = (xx.sum() - 4) / 12 + (zz.sum() - m) / (m * (m - 1)) - 2 * xz.mean()
     closed = cv.mmd_prior(x, scales=(bandwidth2 / 2,))
@@ -217,7 +220,7 @@ def test_difference_of_the_two_estimators(z, scale):
     assume(len(z) >= 2)
     n = len(z)
     u, v = (float(cv.mmd_prior(z, scales=(scale,), estimator=e)) for e in ESTIMATORS)
-    gram = gaussian_gram(z.flatten(1), torch.tensor(scale * z[0].numel()).double())
+    gram = gaussian_gram(z.flatten(1), torch.tensor(scale * z[0].numel(), dtype=torch.float64))
     off_diagonal = float(gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
     assert v - u == pytest.approx((1 - off_diagonal) / n, abs=1e-12)
 

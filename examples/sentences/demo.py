@@ -129,9 +129,7 @@ def _network(kind: str, data: Sentences) -> nn.Module:
     try:
         from mmdit_model import MMDiTDenoiser
     except ImportError as error:
-        raise DemoError(
-            f'--model mmdit needs the package "mmdit": {error}; pip install mmdit'
-        ) from error
+        raise DemoError(f"--model mmdit needs the package mmdit, got {error}: {INSTALL}") from error
     return MMDiTDenoiser(len(data.vocabulary), 64, length=length)
 
 

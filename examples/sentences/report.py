@@ -12,7 +12,7 @@ from train import Run
 import cyclevae as cv
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend comes first
+from matplotlib import pyplot
 
 ROWS = {
     "l2t_ce": ("L2T cross-entropy, nats per token", "low", ".3f"),

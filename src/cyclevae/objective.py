@@ -3,28 +3,24 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cyclevae import _checks
-from cyclevae._types import Count, Latents, Logits, Scalar, Schedule
+from cyclevae._types import Count, Latents, Logits, Scalar
 from cyclevae.base import latent_loss, t2l_loss, text_loss, unconditional_loss
 from cyclevae.batch import Batch, Rows, arrange, stack_masks
-from cyclevae.bridges import Bridge, pseudo_text
-from cyclevae.cycles import STOP_GRADIENT, bridge_pass, cycle_latent_loss, cycle_text_loss
+from cyclevae.bridges import pseudo_text
+from cyclevae.cycles import bridge_pass, cycle_latent_loss, cycle_text_loss
 from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import GradientPolicy, detach
+from cyclevae.gradient_policy import detach
+from cyclevae.options import TERMS, Options
 from cyclevae.passes import draw_noise, l2t, t2l
-from cyclevae.priors import Moment, mmd_prior, moment_prior
-from cyclevae.process import LatentProcess, TextProcess, stratified_times
-from cyclevae.schedules import Ramp
-
-Weight = float | Ramp | Schedule
-Prior = Literal["moment", "mmd"]
-TERMS = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
+from cyclevae.priors import mmd_prior, moment_prior
+from cyclevae.process import stratified_times
 
 
 class StepOutput(NamedTuple):
@@ -41,7 +37,7 @@ class StepOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CycleObjective:
+class CycleObjective(Options):
     """The whole objective of one step; with the two processes alone it is the recommended recipe.
 
     `loss = sum of weight * term` over: `text` (L2T on pairs), `latent` (T2L on pairs),
@@ -86,69 +82,6 @@ class CycleObjective:
         >>> sorted(output.metrics)[:3]
         ['cycle_latent_loss', 'cycle_latent_weight', 'cycle_text_loss']
     """
-
-    text_process: TextProcess
-    latent_process: LatentProcess
-    text_weight: Weight = 1.0
-    latent_weight: Weight = 5.0
-    unconditional_weight: Weight = 1.0
-    cycle_text_weight: Weight = 1.0
-    cycle_latent_weight: Weight = 5.0
-    prior_weight: Weight = 0.0
-    prior: Prior = "mmd"
-    prior_mean: Moment | None = None
-    prior_variance: Moment = 1.0
-    bridge_time: float = 1.0
-    base_latent_time: float | None = 1.0
-    bridge: Bridge = "argmax"
-    temperature: float = 1.0
-    show_latent: bool = False
-    text_policy: GradientPolicy = STOP_GRADIENT
-    latent_policy: GradientPolicy = STOP_GRADIENT
-
-    def __post_init__(self) -> None:
-        for term in TERMS:
-            weight = getattr(self, f"{term}_weight")
-            if not callable(weight):
-                _checks.check_nonnegative(f"{term}_weight", weight)
-        _checks.check_choice("prior", self.prior, get_args(Prior))
-        _checks.check_choice("bridge", self.bridge, get_args(Bridge))
-        _checks.check_positive("temperature", self.temperature)
-        for name in ("bridge_time", "base_latent_time"):
-            time = getattr(self, name)
-            if time is not None and not 0 <= time <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {time!r}")
-        if self.latent_policy.bridge != "detach":
-            raise ValueError(
-                f"`latent_policy.bridge` must be 'detach', got {self.latent_policy.bridge!r}: the "
-                f"{self.bridge!r} bridge is a choice of ids and has no gradient"
-            )
-        if any(
-            getattr(self, f"{term}_weight") != 0 for term in ("cycle_text", "cycle_latent", "prior")
-        ):
-            self.latent_process.refuse_ill_conditioned(self.bridge_time)
-
-    def weights(self, step: int) -> dict[str, float]:
-        """The terms that run at a step and what they weigh; the same on every rank."""
-        weights = {}
-        for term in TERMS:
-            weight = getattr(self, f"{term}_weight")
-            if callable(weight):
-                weight = weight(step)
-                _checks.check_nonnegative(f"{term}_weight({step})", weight)
-            if weight > 0:
-                weights[term] = weight
-        return weights
-
-    def passes(self, step: int) -> int:
-        """The forward passes of the denoiser at a step."""
-        terms = self.weights(step).keys()
-        encodes = bool(terms & {"latent", "cycle_text", "prior"})
-        own_base = "latent" in terms and bool(terms & {"cycle_text", "prior"})
-        own_base = own_base and not self._shares_encoder_pass
-        decodes = bool(terms & {"text", "cycle_latent"})
-        alone = len(terms & {"unconditional", "cycle_text", "cycle_latent"})
-        return encodes + own_base + decodes + alone
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The denominator of each per-sample mean on this batch, by metric name.
@@ -213,12 +146,6 @@ class CycleObjective:
             if callable(getattr(self, f"{term}_weight")) or term.startswith("cycle"):
                 metrics[f"{term}_weight"] = torch.full((), weights[term], device=loss.device)
         return StepOutput(loss, {"loss": loss.detach(), **metrics})
-
-    @property
-    def _shares_encoder_pass(self) -> bool:
-        # Below full noise the base pass has seen the true latent and must not become a bridge.
-        full_noise = self.base_latent_time == self.bridge_time == 1.0
-        return full_noise and not self.text_policy.freeze_bridge
 
     def _checked_counts(self, counts: Mapping[str, Count] | None) -> Mapping[str, Count]:
         known = [name for term in TERMS if term != "prior" for name in _LOSSES[term]]
@@ -312,7 +239,7 @@ class _Step:
     def _encode(self) -> None:
         """The encoder pass from noise: the base latent loss on paired rows, a bridge for all."""
         o, p, texts = self.objective, self.rows.paired, self.rows.need_texts()
-        shared = self._runs("latent") and o._shares_encoder_pass
+        shared = self._runs("latent") and o.shares_encoder_pass
         bridges = self._runs("cycle_text", "prior")
         if self._runs("latent") and not shared:
             self._base_latent()

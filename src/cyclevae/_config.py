@@ -1,0 +1,52 @@
+"""Frozen dataclasses as plain dicts and back: what a YAML or JSON file can hold."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from cyclevae._checks import nearest
+
+T = TypeVar("T")
+
+
+def dump(instance: Any) -> dict[str, Any]:
+    """Every option of a dataclass by name, nested ones as dicts, tuples and tensors as lists.
+
+    Raises:
+        ValueError: a value that only code can express, such as a function.
+    """
+    return {f.name: _plain(f.name, getattr(instance, f.name)) for f in fields(instance) if f.init}
+
+
+def load(cls: type[T], config: Mapping[str, Any], **parts: Any) -> T:
+    """A dataclass from its options; `parts` replace values that are dataclasses themselves.
+
+    Raises:
+        ValueError: a key that is no option, with the nearest name; or a missing one.
+    """
+    options = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in config:
+        if key not in options:
+            raise ValueError(f"unknown key {key!r} for {cls.__name__}; {nearest(key, options)}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+    try:
+        return cls(**{**values, **parts})
+    except TypeError as error:
+        raise ValueError(f"incomplete configuration: {error}") from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    if is_dataclass(value):
+        return dump(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return list(value)
+    if callable(value):
+        raise ValueError(
+            f"`{name}` is {value!r}, a function that a plain configuration cannot hold; "
+            "use a number, `ramp(...)` or a named schedule"
+        )
+    return value
