@@ -512,6 +512,22 @@ def test_the_objective_honours_the_policy_whatever_runs_beside(policy, learns, b
     assert own == learns
 
 
+@pytest.mark.parametrize("policy", [policy for policy, _ in TEXT_POLICIES])
+@pytest.mark.parametrize("beside", [(), ("cycle_text",), ("latent", "cycle_text")])
+def test_the_prior_teaches_the_encoder_whatever_the_text_policy(policy, beside):
+    spy, batch = towers(), Dataset().batch()
+    weights = {f"{term}_weight": 1.0 for term in beside}
+    first, second = (
+        gradients(
+            step(objective(prior_weight=w, text_policy=policy, **weights), spy, batch).loss,
+            spy.module,
+        )
+        for w in (1.0, 3.0)
+    )
+    own = {n for n in first if first[n] is not None and not torch.equal(first[n], second[n])}
+    assert own == ENCODER
+
+
 @pytest.mark.parametrize("name", ["cycle_text", "cycle_latent"])
 def test_cycles_split_into_steps_have_the_gradient_of_the_whole(name):
     data, spy = Dataset(), shared()

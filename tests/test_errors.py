@@ -167,10 +167,9 @@ def test_losses(call, exception, words):
     refused(call, exception, words)
 
 
-# --- model passes: refused before the model runs and before anything is drawn --------------------
+# --- model passes -----------------------------------------------------------------------------
 
-
-@cases(
+PASSES = cases(
     middle_axis=(
         lambda spy, g: latent_cycle(spy, Z[:, None], generator=g),
         ValueError,
@@ -340,6 +339,24 @@ def test_losses(call, exception, words):
         ValueError,
         "`reduction` is 'nat'; did you mean 'nats'?",
     ),
+)
+
+
+@PASSES
+def test_passes(call, exception, words):
+    refused(call, exception, words, Spy(DENOISER), None)
+
+
+@PASSES
+def test_refused_before_any_pass_or_draw(call, exception, words):
+    spy, generator = Spy(DENOISER), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    refused(call, exception, words, spy, generator)
+    assert spy.calls == [], "a pass of the model ran first"
+    assert torch.equal(generator.get_state(), before), "random numbers were drawn first"
+
+
+@cases(
     frozen_nothing=(
         lambda spy, g: text_cycle(spy, policy=cv.GradientPolicy(freeze=("wrod.*",)), generator=g),
         ValueError,
@@ -358,12 +375,9 @@ def test_losses(call, exception, words):
         "pattern 'wrod.*' of freeze() matches no parameter name",
     ),
 )
-def test_refused_before_any_pass_or_draw(call, exception, words):
-    spy, generator = Spy(DENOISER), torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    refused(call, exception, words, spy, generator)
-    assert spy.calls == [], "a pass of the model ran first"
-    assert torch.equal(generator.get_state(), before), "random numbers were drawn first"
+def test_a_pattern_that_matches_nothing(call, exception, words):
+    refused(call, exception, words, Spy(DENOISER), None)
+    assert all(isinstance(p, torch.nn.Parameter) for p in DENOISER.module.parameters())
 
 
 # --- what a denoiser returns ------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_the_shared_passes_give_the_losses_of_the_functions(toy):
     )
     torch.testing.assert_close(out.metrics["cycle_text_loss"], text_cycle.detach())
     torch.testing.assert_close(out.metrics["cycle_latent_loss"], latent_cycle.detach())
-    weights = {"text": 1, "latent": 5, "cycle_text": 1, "cycle_latent": 5}
+    weights = {"text": 1, "latent": 5, "cycle_text": 2, "cycle_latent": 10}
     total = sum(weight * out.metrics[f"{term}_loss"] for term, weight in weights.items())
     torch.testing.assert_close(out.loss.detach(), total)
     assert not z_hat.requires_grad and not y_hat.requires_grad

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "metrics.jsonl"
     log.write_text("")
-    config = Config(seed=options.seed, steps=options.steps, evaluate_every=options.steps // 16)
+    config = Config(seed=options.seed, steps=options.steps, evaluate_every=options.steps // 15)
     data = load_sentences(
         options.cache, dim=64, seed=options.seed, limit=2000 if options.quick else None
     )
@@ -73,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
     warmup = options.steps // 4  # first the pairs, until the directions know something to teach
     cycle = replace(
         control,
-        cycle_text_weight=cv.ramp(1.0, warmup, warmup),
-        cycle_latent_weight=cv.ramp(5.0, warmup, warmup),
+        cycle_text_weight=cv.ramp(2.0, warmup, warmup),
+        cycle_latent_weight=cv.ramp(10.0, warmup, warmup),
     )
     print(
         f"{len(data.train):,} training sentences: {len(split.paired):,} pairs, "
@@ -153,14 +153,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("joint", "mmdit"), default="joint")
     parser.add_argument("--quick", action="store_true", help="a small part of the data, 90 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of each run (default 1,200; quick: 64)")
+    parser.add_argument("--steps", type=int, help="of each run (default 900; quick: 64)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
     options = parser.parse_args()
     if options.steps is None:
-        options.steps = 64 if options.quick else 1200
-    if options.steps < 16:
-        parser.error(f"--steps must be at least 16, got {options.steps}")
+        options.steps = 64 if options.quick else 900
+    if options.steps < 15:
+        parser.error(f"--steps must be at least 15, got {options.steps}")
     return options
 
 

@@ -18,7 +18,7 @@ class JointTransformer(nn.Module):
         width: int = 128,
         depth: int = 2,
         heads: int = 4,
-        dropout: float = 0.2,
+        dropout: float = 0.3,
     ) -> None:
         super().__init__()
         self.word = nn.Embedding(vocab_size, width)

@@ -20,11 +20,11 @@ import cyclevae as cv
 class Config:
     """What all runs of a table share."""
 
-    steps: int = 1200
+    steps: int = 900
     batch: int = 16
-    unpaired: int = 16
+    unpaired: int = 32
     learning_rate: float = 4e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     ema: float = 0.99
     evaluate_every: int = 60
     seed: int = 0

@@ -46,7 +46,7 @@ class CycleObjective(Options):
     latents. A weight is a number or a function of the step (see `ramp`); a term whose weight is 0
     costs no forward pass. Base terms and cycles together are four passes, and the unconditional
     term is a fifth. Latent terms are means over dimensions, of a size near 1, and weigh 5 beside
-    cross-entropies of a token.
+    cross-entropies of a token; a cycle weighs twice its base loss.
 
     Attributes:
         text_process: the text process.

@@ -38,8 +38,8 @@ class Options:
     text_weight: Weight = 1.0
     latent_weight: Weight = 5.0
     unconditional_weight: Weight = 1.0
-    cycle_text_weight: Weight = 1.0
-    cycle_latent_weight: Weight = 5.0
+    cycle_text_weight: Weight = 2.0
+    cycle_latent_weight: Weight = 10.0
     prior_weight: Weight = 0.0
     prior: Prior = "mmd"
     prior_mean: Moment | None = None

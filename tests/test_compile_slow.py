@@ -1,0 +1,140 @@
+"""`torch.compile`: no graph break, the same numbers as eager, and recompiles only where it must.
+
+The draws inside a compiled step come from the global random state, since dynamo refuses generators.
+"""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cyclevae as cv
+from cyclevae.testing import toy_batch, toy_denoiser
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def result(function, parameters, *arguments, seed=0, **options):
+    """The loss and its gradients, with the draws of a seed."""
+    torch.manual_seed(seed)
+    loss = function(*arguments, **options)
+    loss = getattr(loss, "loss", loss)
+    return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def assert_same_as_eager(function, parameters, *arguments, **options):
+    (fast, counter), parameters = compiled(function), list(parameters)
+    for seed in range(2):
+        torch.testing.assert_close(
+            result(fast, parameters, *arguments, seed=seed, **options),
+            result(function, parameters, *arguments, seed=seed, **options),
+        )
+    assert counter.frame_count == 1
+
+
+DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
+FULL = cv.GradientPolicy("full", freeze=("word.*", "text_head.*"), freeze_bridge=("shared.*",))
+STEPS = {
+    "default": {},
+    "categorical": {"bridge": "categorical", "prior": "moment", "prior_weight": 1.0},
+    "policy": {"text_policy": FULL, "latent_policy": cv.GradientPolicy(freeze=("times.*",))},
+    "predicted end": {"text_process": replace(TEXT, end_id=3, end="predicted")},
+    "placed ends": {"text_process": replace(TEXT, start_id=4, end_id=3)},
+    "capped epsilon": {
+        "latent_process": cv.LatentProcess(prediction="epsilon", shape=(4,)),
+        "bridge_time": 0.9,
+        "base_latent_time": None,
+    },
+    "x0 of a continuous schedule": {
+        "latent_process": cv.LatentProcess("continuous_cosine", prediction="x0", shape=(4,)),
+        "show_latent": True,
+        "prior_weight": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_a_step_compiles_to_one_graph(options):
+    objective = cv.CycleObjective(**{"text_process": TEXT, "latent_process": LATENT} | options)
+    module = cv.StepModule(DENOISER, objective)
+    counts = {name: count / 2 for name, count in objective.counts(toy_batch()).items()}
+    assert_same_as_eager(module, module.parameters(), toy_batch(), 0, counts=counts)
+
+
+def test_a_denoiser_of_a_compiled_network_runs_compiled():
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *values: calls.append(1) or graph(*values)
+
+    denoiser = cv.as_denoiser(torch.compile(DENOISER.module, fullgraph=True, backend=backend))
+    assert denoiser.module is DENOISER.module
+    objective = cv.CycleObjective(TEXT, LATENT)
+    parameters = list(DENOISER.module.parameters())
+    actual, expected = (
+        result(objective, parameters, d, toy_batch(), step=0) for d in (denoiser, DENOISER)
+    )
+    torch.testing.assert_close(actual, expected)
+    assert len(calls) == objective.passes(0) == 5
+
+
+@pytest.mark.parametrize("policy", [cv.GradientPolicy(), FULL], ids=["detach", "full"])
+def test_the_text_cycle_compiles(policy):
+    batch = toy_batch()
+
+    def cycle(tokens, mask):
+        return cv.cycle_text_loss(
+            DENOISER, tokens, mask, text_process=TEXT, latent_process=LATENT, policy=policy
+        )
+
+    parameters = DENOISER.module.parameters()
+    assert_same_as_eager(cycle, parameters, batch.tokens, batch.attention_mask)
+
+
+@pytest.mark.parametrize("prior", [cv.mmd_prior, cv.moment_prior])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_priors_compile(prior, estimator):
+    z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert_same_as_eager(prior, [z], z, mean=0.1, variance=2.0, estimator=estimator)
+
+
+SCHEDULES = {
+    "ramp": (cv.ramp(1.0, warmup_steps=3, ramp_steps=4), {0, 1, 3}),
+    "constant": (1.0, {0}),
+    # a function of one's own: dynamo traces it
+    "function": (lambda step: 1.0 + step / 100, {0, 1}),
+}
+
+
+@pytest.mark.parametrize(("weight", "expected"), SCHEDULES.values(), ids=SCHEDULES)
+def test_moving_weights_recompile_only_where_a_term_switches_on(weight, expected):
+    """Step 1 is where dynamo learns that the step moves; step 3 is where the ramp switches on."""
+    objective = cv.CycleObjective(TEXT, LATENT, cycle_text_weight=weight)
+    module = cv.StepModule(DENOISER, objective)
+    (fast, counter), parameters = compiled(module), list(module.parameters())
+    recompiled, before = set(), 0
+    for step in range(12):
+        torch.testing.assert_close(
+            result(fast, parameters, toy_batch(), step),
+            result(module, parameters, toy_batch(), step),
+        )
+        if counter.frame_count > before:
+            recompiled.add(step)
+        before = counter.frame_count
+    assert recompiled == expected
