@@ -223,10 +223,11 @@ def test_text_cycle_takes_its_first_half(make, policy):
     assert_same(gradients(halves, spy.module), gradients(whole, spy.module))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
 @pytest.mark.parametrize("bridge", ["argmax", "categorical"])
-def test_latent_cycle_takes_its_first_half(bridge):
+def test_latent_cycle_takes_its_first_half(bridge, temperature):
     spy = shared()
-    options = {"bridge": bridge, "temperature": 2.0}
+    options = {"bridge": bridge, "temperature": temperature}
     whole = latent_cycle(spy, generator=torch.Generator().manual_seed(3), **options)
     y_hat = cv.pseudo_text(
         cv.l2t(spy, LATENTS, MASK, text_process=TEXT),
@@ -486,8 +487,16 @@ def test_no_bridge_has_seen_the_true_latent(base_latent_time, policy):
     )
     data, outputs = Dataset(), []
     for _ in range(2):
-        outputs.append(step(run, shared(), data.batch()).metrics)
+        spy = shared()
+        outputs.append(step(run, spy, data.batch()).metrics)
         data.latents = data.latents.flip(0) * 3
+    times = {
+        t for call in spy.calls if call["need"] == "latents" for t in call["latent_time"].tolist()
+    }
+    if base_latent_time is None:
+        assert len(times) == 4 and max(times) == 1.0
+    else:
+        assert times == {base_latent_time, 1.0}
     first, second = outputs
     for name in ("cycle_text_loss", "prior_loss", "latent_pred_norm"):
         assert torch.equal(first[name], second[name]), name

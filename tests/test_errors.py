@@ -90,9 +90,9 @@ def refused(call, exception, words, *arguments, **options):
     ),
     bool_tokens=(lambda: base(tokens=MASK), TypeError, "must hold integer ids, got bool"),
     id_too_high=(
-        lambda: base(tokens=TOKENS + 2),
+        lambda: base(tokens=TOKENS + 1),
         ValueError,
-        ("`tokens` must hold ids in [0, 7), got ids from 2 to 8", "does the tokenizer match"),
+        ("`tokens` must hold ids in [0, 7), got ids from 1 to 7", "does the tokenizer match"),
     ),
     negative_id=(
         lambda: base(tokens=TOKENS.masked_fill(~MASK, -100)),

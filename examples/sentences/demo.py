@@ -21,7 +21,7 @@ try:
     from data import INSTALL, MASK, PAD, UNK, DemoError, Sentences, load_sentences, regime
     from evaluate import evaluate
     from report import plot, sentences_table, table
-    from safetensors.torch import save_file
+    from safetensors.torch import save_model
     from torch import nn
     from train import Config, Run, train
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
         if result.weights:
             network.load_state_dict(result.weights)
-            save_file(result.weights, out / f"{name}.safetensors")
+            save_model(network, out / f"{name}.safetensors")
             denoisers[name], finished[name] = cv.as_denoiser(network.eval()), result
             summary[name] = evaluate(denoisers[name], data.test, text_process, latent_process)
             summary[name] |= {"best_step": result.best_step}
@@ -153,12 +153,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("joint", "mmdit"), default="joint")
     parser.add_argument("--quick", action="store_true", help="a small part of the data, 90 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of each run (default 900; quick: 64)")
+    parser.add_argument("--steps", type=int, help="of each run (default 750; quick: 64)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
     options = parser.parse_args()
     if options.steps is None:
-        options.steps = 64 if options.quick else 900
+        options.steps = 64 if options.quick else 750
     if options.steps < 15:
         parser.error(f"--steps must be at least 15, got {options.steps}")
     return options

@@ -29,7 +29,7 @@ ROWS = {
 
 def table(summary: Mapping[str, Mapping[str, float]], *, pool: int) -> str:
     """The runs side by side on held-out pairs; `*` marks the best of a row."""
-    width = max(len(label) for label, *_ in ROWS.values()) + 8
+    width = max(len(label) for label, *_ in ROWS.values()) + 16
     lines = [f"{'on held-out pairs':<{width}}" + "".join(f"{run:>11}" for run in summary)]
     for key, (label, better, form) in ROWS.items():
         values = [run[key] for run in summary.values()]

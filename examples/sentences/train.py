@@ -20,9 +20,9 @@ import cyclevae as cv
 class Config:
     """What all runs of a table share."""
 
-    steps: int = 900
+    steps: int = 750
     batch: int = 16
-    unpaired: int = 32
+    unpaired: int = 24
     learning_rate: float = 4e-3
     weight_decay: float = 0.3
     ema: float = 0.99

@@ -1,0 +1,139 @@
+"""The documentation runs, covers every public name, and links to what exists."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+import cyclevae
+import cyclevae.testing
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+OPEN = re.compile(r"( *)```python\s*(.*)")
+
+
+def blocks(text):
+    """`(line of the fence, what follows it, code)` of each Python block of a page."""
+    found, lines = [], text.splitlines()
+    number = 0
+    while number < len(lines):
+        if opening := OPEN.fullmatch(lines[number]):
+            indent, options = opening.groups()
+            end = lines.index(f"{indent}```", number + 1)
+            code = dedent("\n".join(lines[number + 1 : end]))
+            found.append((number + 1, options, code))
+            number = end
+        number += 1
+    return found
+
+
+def execute(name, text):
+    """Run the blocks of a page in one namespace; lines in a traceback are those of the page."""
+    namespace = {"__name__": "docs"}
+    torch.manual_seed(0)
+    for line, options, code in blocks(text):
+        program = compile("\n" * line + code, name, "exec")
+        if options != 'title="sketch"':
+            exec(program, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_code_of_a_page_runs(path):
+    with torch.random.fork_rng([]):
+        execute(str(path), path.read_text())
+
+
+def test_few_blocks_are_sketches():
+    options = [options for path in PAGES for _, options, _ in blocks(path.read_text())]
+    assert set(options) <= {"", 'title="sketch"'}
+    assert options.count('title="sketch"') <= 2
+
+
+PAGE = """\
+Text.
+
+```python
+x = 1
+```
+
+- a list
+
+    ```python
+    x += 1
+    ```
+
+```python title="sketch"
+x = 100
+```
+
+```python
+x += 1
+assert x == 0
+```
+"""
+
+
+def test_failures_point_to_their_line():
+    with pytest.raises(AssertionError) as failure:
+        execute("page.md", PAGE)
+    where = failure.tb
+    while where.tb_next:
+        where = where.tb_next
+    assert (where.tb_frame.f_code.co_filename, where.tb_lineno) == ("page.md", 19)
+    assert execute("page.md", PAGE.replace("x == 0", "x == 3"))["x"] == 3
+
+
+# Coverage of the public names
+
+
+def public_names():
+    """What `__init__` re-exports, and what `cyclevae.testing` defines."""
+    tree = ast.parse(Path(cyclevae.__file__).read_text())
+    names = {
+        f"cyclevae.{alias.asname}": getattr(cyclevae, alias.asname)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    names |= {
+        f"cyclevae.testing.{name}": value
+        for name, value in vars(cyclevae.testing).items()
+        if getattr(value, "__module__", None) == "cyclevae.testing" and not name.startswith("_")
+    }
+    return names
+
+
+PUBLIC = public_names()
+
+
+def test_public_names_are_found():
+    assert len(PUBLIC) > 30
+    assert {"cyclevae.freeze", "cyclevae.testing.check_denoiser"} <= PUBLIC.keys()
+
+
+def test_every_public_name_is_in_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^::: (\S+)", page, flags=re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert PUBLIC.keys() <= set(listed), sorted(PUBLIC.keys() - set(listed))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring_with_an_example(name):
+    docstring = inspect.getdoc(PUBLIC[name]) or ""
+    assert re.search(r"^Examples?:\n    >>> ", docstring, flags=re.MULTILINE), docstring
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_between_pages_lead_somewhere(path):
+    """`mkdocs build --strict` checks this too, and anchors; this needs no mkdocs."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).is_file(), target
