@@ -123,6 +123,23 @@ def test_a_word_is_drawn_at_any_magnitude(magnitude):
     assert set(y_hat.flatten().tolist()) <= {1, 3, 4, 6}
 
 
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize(("logit", "temperature"), [(1.0, 1e-39), (math.inf, 1.0), (math.nan, 1.0)])
+def test_forbidden_ids_are_not_chosen_where_numbers_overflow(bridge, logit, temperature):
+    """A pseudo-text of padding or mask ids would look like one, and losses would not show it."""
+    logits = torch.zeros(1, 4, 7)
+    logits[..., 3:5] = logit
+    y_hat = cv.pseudo_text(
+        logits,
+        torch.ones(1, 4).bool(),
+        text_process=TEXT,
+        bridge=bridge,
+        temperature=temperature,
+        generator=seeded(),
+    )
+    assert set(y_hat.flatten().tolist()) <= {3, 4}
+
+
 def test_draws_are_reproducible():
     logits = torch.zeros(20, 7)
     assert torch.equal(sample(logits, 3, seed=5), sample(logits, 3, seed=5))

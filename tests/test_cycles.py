@@ -452,7 +452,7 @@ class Dataset:
 
     def batch(self):
         tokens, mask, z = self.tokens * self.mask, self.mask, self.latents
-        return cv.Batch(tokens[:3], mask[:3], z[:3], tokens[3:6], mask[3:6], z[6:])
+        return cv.Batch(tokens[:3], mask[:3], z[:3], tokens[3:5], mask[3:5], z[5:])
 
 
 @quick
@@ -466,9 +466,9 @@ def test_hidden_partners_change_nothing(seed):
         spies.append(shared())
         out = step(run, spies[-1], data.batch())
         results.append({"total": out.loss, **gradients(out.loss, spies[-1].module)})
-        data.tokens[6:] = torch.randint(3, 7, (3, 5), generator=generator)
-        data.mask[6:] = torch.arange(5) < torch.randint(1, 6, (3, 1), generator=generator)
-        data.latents[3:6] = torch.randn(3, 4, generator=generator)
+        data.tokens[5:] = torch.randint(3, 7, (4, 5), generator=generator)
+        data.mask[5:] = torch.arange(5) < torch.randint(1, 6, (4, 1), generator=generator)
+        data.latents[3:5] = torch.randn(2, 4, generator=generator)
     assert_same(*results)
     for first, second in zip(*(spy.calls for spy in spies), strict=True):
         assert_same(*({k: v for k, v in c.items() if k != "need"} for c in (first, second)))

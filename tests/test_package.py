@@ -1,4 +1,4 @@
-"""The package as users get it: what importing it costs, which way imports point, what is declared."""
+"""The package as users get it: what an import costs, which way imports point, what is declared."""
 
 import ast
 import importlib.metadata
