@@ -16,8 +16,8 @@ demo: .venv/demo
 	@$(BIN)/python examples/sentences/demo.py $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest -m "not slow" $(HOOK) src tests --doctest-modules --ignore tests/test_errors.py
-	$(BIN)/python -m pytest tests/test_errors.py
+	$(BIN)/python -m pytest -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules
+	$(BIN)/python -m pytest -m unhooked tests
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow tests

@@ -53,6 +53,7 @@ def test_module_is_the_plain_module_inside_compile():
     assert denoiser.module is network and denoiser.network is not network
 
 
+@pytest.mark.unhooked
 def test_as_denoiser_refuses_what_is_no_module():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
         cv.as_denoiser(lambda *_: None)
@@ -144,6 +145,7 @@ def test_the_dry_run_names_the_fault(fault, message):
         check_denoiser(cv.as_denoiser(Broken(fault)), text, latent)
 
 
+@pytest.mark.unhooked
 def test_the_dry_run_refuses_a_method_on_the_module_itself():
     class Bypassed(ToyNetwork):
         denoise = ToyNetwork.forward

@@ -49,6 +49,14 @@ def test_the_code_of_a_page_runs(path):
         execute(str(path), path.read_text())
 
 
+def test_the_gain_table_is_what_its_code_prints(capsys):
+    text = (ROOT / "docs" / "losses.md").read_text()
+    execute("losses.md", text)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert all(row in text.splitlines() for row in rows), rows
+
+
 def test_few_blocks_are_sketches():
     options = [options for path in PAGES for _, options, _ in blocks(path.read_text())]
     assert set(options) <= {"", 'title="sketch"'}

@@ -15,6 +15,8 @@ from cyclevae.process import LatentProcess
 from cyclevae.testing import toy_batch, toy_denoiser
 from oracles import Spy
 
+pytestmark = pytest.mark.unhooked
+
 DENOISER, TEXT, LATENT = toy_denoiser()
 TOKENS = torch.tensor([[3, 4, 5], [4, 6, 0]])
 MASK = TOKENS > 0
@@ -651,7 +653,12 @@ def test_latents_of_two_shapes():
     no_length=(
         (
             cv.Batch(unpaired_latents=Z),
-            {"text_weight": 0.0, "latent_weight": 0.0, "unconditional_weight": 0.0},
+            {
+                "text_weight": 0.0,
+                "latent_weight": 0.0,
+                "unconditional_weight": 0.0,
+                "cycle_text_weight": 0.0,
+            },
         ),
         ValueError,
         "give `pseudo_text_mask`",

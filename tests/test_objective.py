@@ -317,6 +317,7 @@ def test_an_incomplete_batch_is_refused_before_any_pass(toy, part, message):
     assert not recorder.calls
 
 
+@pytest.mark.unhooked
 def test_options_are_refused_by_name(toy):
     _, text, latent = toy
     with pytest.raises(ValueError, match=r"`prior` is 'mdd'; did you mean 'mmd'\?"):

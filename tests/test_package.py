@@ -19,7 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = {"torch", "einops", "jaxtyping"}
 # From the bottom up; a file may import from the layers below its own, and from nothing else here.
 LAYERS = (
-    {"_types", "_checks", "_gate"},
+    {"_types", "_gate"},
+    {"_checks"},
     {"_reduce", "_config"},
     {"process", "denoiser", "gradient_policy", "schedules", "kernels"},
     {"bridges", "passes", "priors"},

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from cyclevae._types import Number
+
 _values: bool | None = None
 
 
@@ -59,13 +61,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` is {value!r}; {nearest(str(value), choices)}")
 
 
-def check_nonnegative(name: str, value: float) -> None:
+def check_nonnegative(name: str, value: Number) -> None:
     """Refuse a weight or an amount that is negative, NaN or infinite."""
     if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
         raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: Number) -> None:
     """Refuse a scale that is not a finite number above 0."""
     check_nonnegative(name, value)
     if value == 0:
@@ -146,7 +148,7 @@ def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def as_time(name: str, time: float | Tensor, like: Tensor) -> Tensor:
+def as_time(name: str, time: Number | Tensor, like: Tensor) -> Tensor:
     """A time in [0, 1] as floats `[b]`, fp32 or better, for the rows of `like`."""
     if not isinstance(time, Tensor):
         if not 0 <= time <= 1:

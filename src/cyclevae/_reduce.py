@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._checks import check_choice
-from cyclevae._types import Count, Mask, Reduction
+from cyclevae._types import Count, Mask, Number, Reduction
 
 
 def reduce_text(
@@ -35,7 +35,7 @@ def reduce_latents(
     squared_error: Float[Tensor, "b *n d"],
     *,
     reduction: Reduction,
-    variance: float | Tensor = 1.0,
+    variance: Number | Tensor = 1.0,
     count: Count | None = None,
 ) -> Float[Tensor, "..."]:
     """Reduce squared errors; no row at all gives 0 with a graph.

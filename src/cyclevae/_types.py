@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Literal
 
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
-Tokens = Int[Tensor, "b s"]
+Tokens = Integer[Tensor, "b s"]
 Mask = Bool[Tensor, "b s"]
 MaskLike = Shaped[Tensor, "b s"]  # True = keep; integers and 0/1 floats are made bool at the door
 Logits = Float[Tensor, "b s v"]
@@ -20,5 +20,6 @@ Prediction = Literal["epsilon", "x0", "v"]
 Need = Literal["both", "logits", "latents"]
 Estimator = Literal["unbiased", "biased"]
 Reduction = Literal["mean", "sum", "none", "nats"]
-Count = float | Scalar
-Schedule = Callable[[int], float]  # a weight as a function of the step
+Number = int | float  # beartype does not take an int for a float
+Count = Number | Shaped[Tensor, ""]
+Schedule = Callable[[int], Number]  # a weight as a function of the step

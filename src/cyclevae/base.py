@@ -15,6 +15,7 @@ from cyclevae._types import (
     Logits,
     Loss,
     MaskLike,
+    Number,
     Reduction,
     Rows,
     Scalar,
@@ -22,7 +23,7 @@ from cyclevae._types import (
     Tokens,
 )
 from cyclevae.denoiser import Denoiser
-from cyclevae.passes import joint, l2t, t2l
+from cyclevae.passes import joint, l2t, only_present, t2l
 from cyclevae.process import LatentProcess, TextProcess, stratified_times
 
 
@@ -73,7 +74,7 @@ def latent_loss(
     prediction: Latents,
     target: Latents,
     *,
-    variance: float | Tensor = 1.0,
+    variance: Number | Tensor = 1.0,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
@@ -121,7 +122,13 @@ def l2t_loss(
     Raises:
         ValueError: wrong shapes or values.
 
-    Example: see `CycleObjective`, which runs this pass once for all its terms.
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> loss = l2t_loss(denoiser, tokens, latents, mask, text_process=text_process)
+        >>> loss.shape
+        torch.Size([])
     """
     logits = l2t(denoiser, latents, attention_mask, text_process=text_process)
     return text_loss(logits, tokens, attention_mask, reduction=reduction, count=count)
@@ -135,7 +142,7 @@ def t2l_loss(
     *,
     text_process: TextProcess,
     latent_process: LatentProcess,
-    time: float | Time | None = 1.0,
+    time: Number | Time | None = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
@@ -158,6 +165,17 @@ def t2l_loss(
 
     Raises:
         ValueError: wrong shapes or values.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> loss = t2l_loss(
+        ...     denoiser, tokens, latents, mask,
+        ...     text_process=text_process, latent_process=latent_process, time=None,
+        ... )
+        >>> loss.shape
+        torch.Size([])
     """
     if time is None:
         time = stratified_times(len(tokens), device=tokens.device, generator=generator)
@@ -182,6 +200,10 @@ class UnconditionalLoss(NamedTuple):
     Attributes:
         text: a bound on the negative log-likelihood of a token, in nats.
         latent: squared error in the prediction space.
+
+    Example:
+        >>> UnconditionalLoss(text=torch.tensor(2.0), latent=torch.tensor(1.0)).text
+        tensor(2.)
     """
 
     text: Scalar
@@ -198,8 +220,8 @@ def unconditional_loss(
     latent_process: LatentProcess,
     has_text: Rows | None = None,
     has_latent: Rows | None = None,
-    text_time: float | Time | None = None,
-    latent_time: float | Time | None = None,
+    text_time: Number | Time | None = None,
+    latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     text_count: Count | None = None,
@@ -231,7 +253,20 @@ def unconditional_loss(
         ValueError: wrong shapes or values.
 
     Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> text, latent = unconditional_loss(
+        ...     denoiser, tokens, latents, mask, text_process=text_process,
+        ...     latent_process=latent_process, has_latent=torch.tensor([True, True, False]),
+        ... )
+        >>> text.shape, latent.shape
+        (torch.Size([]), torch.Size([]))
     """
+    if has_latent is not None:
+        latents = only_present(latents, has_latent)
     out = joint(
         denoiser,
         tokens,
@@ -258,7 +293,7 @@ def unconditional_loss(
     rows = present if has_latent is None else has_latent
     target = latent_process.target(latents, out.noise, out.latent_time)
     squared = (_fp32(out.latent_prediction) - _fp32(target)).square()
-    squared = torch.where(rows.view(-1, *[1] * (squared.ndim - 1)), squared, 0.0)
+    squared = only_present(squared, rows)
     if latent_count is None:
         latent_count = rows.sum() * squared[:1].numel()
     return UnconditionalLoss(text, reduce_latents(squared, reduction="mean", count=latent_count))
@@ -267,8 +302,10 @@ def unconditional_loss(
 def _token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:
     ignored = -100
     labels = tokens.long().masked_fill(~mask, ignored)
+    # An ignored row still has the gradient 0 * softmax, which is NaN where its logits are.
+    logits = _fp32(logits).masked_fill(~mask[..., None], 0.0)
     nll = F.cross_entropy(
-        _fp32(logits).flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
     )
     return nll.view_as(labels)
 

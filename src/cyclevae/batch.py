@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae import _checks
@@ -148,7 +149,7 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
     )
 
 
-def stack_masks(*masks: Mask) -> Mask:
+def stack_masks(*masks: Bool[Tensor, "_ _"]) -> Mask:
     """Masks of different lengths, one below the other."""
     longest = max(mask.shape[1] for mask in masks)
     return torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])
@@ -179,7 +180,7 @@ def _stack_texts(parts: list[Texts], text_process: TextProcess) -> Texts | None:
     return Texts(text_process.pad(torch.cat(tokens), mask), mask)
 
 
-def _stack_latents(paired: Latents | None, unpaired: Latents | None) -> Latents | None:
+def _stack_latents(paired: Tensor | None, unpaired: Tensor | None) -> Latents | None:
     if paired is None or unpaired is None:
         return unpaired if paired is None else paired
     if paired.shape[1:] != unpaired.shape[1:]:

@@ -7,9 +7,11 @@ back-translation.
 from typing import Literal
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from cyclevae._checks import check_choice, check_positive
-from cyclevae._types import Logits, Mask, Tokens
+from cyclevae._types import Logits, Mask, Number, Tokens
 from cyclevae.process import TextProcess
 
 Bridge = Literal["argmax", "categorical"]
@@ -34,7 +36,7 @@ def categorical_text(
     attention_mask: Mask,
     *,
     text_process: TextProcess,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tokens:
     """A pseudo-text `[b, s]` sampled from `softmax(logits / temperature)` per position.
@@ -53,10 +55,11 @@ def categorical_text(
         tensor([[...]])
     """
     check_positive("temperature", temperature)
-    allowed = text_process.forbid(logits.detach().float()) / temperature
-    # argmax of p_i / E_i with independent exponentials E_i is a draw from p
+    # argmax of p_i / E_i with independent exponentials E_i is a draw from p; taken in log space,
+    # no overflow can make a forbidden id win
+    allowed = text_process.forbid(logits.detach().float() / temperature)
     race = torch.empty_like(allowed).exponential_(generator=generator)
-    return text_process.frame((allowed.softmax(dim=-1) / race).argmax(dim=-1), attention_mask)
+    return text_process.frame((allowed - race.log()).argmax(dim=-1), attention_mask)
 
 
 def pseudo_text(
@@ -65,7 +68,7 @@ def pseudo_text(
     *,
     text_process: TextProcess,
     bridge: Bridge = "argmax",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tokens:
     """The pseudo-text of the named bridge: `argmax_text` or `categorical_text`.
@@ -94,7 +97,7 @@ def pseudo_text(
 
 def draw_lengths(
     attention_mask: Mask, rows: int, *, generator: torch.Generator | None = None
-) -> Mask:
+) -> Bool[Tensor, "rows s"]:
     """Masks `[rows, s]` for pseudo-texts, drawn with replacement from the batch's own texts.
 
     An unpaired latent carries no length, and taking that of its hidden partner would leak it.

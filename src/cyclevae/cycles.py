@@ -1,11 +1,12 @@
 """The two cycles: T2L2T, text to latent to text, and L2T2L, latent to text to latent."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import get_args
 
 import torch
 
 from cyclevae import _checks
-from cyclevae._types import Count, Latents, Loss, MaskLike, Reduction, Time, Tokens
+from cyclevae._types import Count, Latents, Loss, MaskLike, Number, Reduction, Time, Tokens
 from cyclevae.base import latent_loss, text_loss
 from cyclevae.bridges import Bridge, pseudo_text
 from cyclevae.denoiser import Denoiser
@@ -24,7 +25,7 @@ def cycle_text_loss(
     text_process: TextProcess,
     latent_process: LatentProcess,
     z_hat: Latents | None = None,
-    time: float | Time = 1.0,
+    time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
@@ -70,6 +71,8 @@ def cycle_text_loss(
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
     """
+    _checks.check_choice("reduction", reduction, get_args(Reduction))
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if z_hat is None:
         latent_process.refuse_ill_conditioned(time)
@@ -101,9 +104,9 @@ def cycle_latent_loss(
     latent_process: LatentProcess,
     y_hat: Tokens | None = None,
     bridge: Bridge = "argmax",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     show_latent: bool = False,
-    time: float | Time = 1.0,
+    time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
@@ -155,10 +158,20 @@ def cycle_latent_loss(
             f"the {bridge!r} bridge is a choice of ids and has no gradient, so the latent cycle "
             f"cannot use policy.bridge={policy.bridge!r}; use 'detach'"
         )
+    _checks.check_choice("reduction", reduction, get_args(Reduction))
+    _checks.check_choice("bridge", bridge, get_args(Bridge))
+    _checks.check_positive("temperature", temperature)
     _checks.check_latents("latents", latents, latent_process.shape)
     _checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    if noise is not None:
+        _checks.check_latents("noise", noise, latents.shape[1:])
+        _checks.check_rows("noise", noise, "latents", latents)
+    if y_hat is not None:
+        _checks.check_tokens("y_hat", y_hat, text_process.vocab_size)
+        _checks.as_mask("attention_mask", mask, y_hat.shape)
     latent_process.refuse_ill_conditioned(time)
+    time = _checks.as_time("time", time, latents)
     if y_hat is None:
         with bridge_pass(denoiser, policy):
             y_hat = pseudo_text(

@@ -17,6 +17,9 @@ class Denoised(NamedTuple):
     Attributes:
         logits: `[b, s, v]`.
         latent_prediction: the shape of the latents, in the process's prediction type.
+
+    Example:
+        >>> logits, latent_prediction = Denoised(logits=None, latent_prediction=None)
     """
 
     logits: Logits | None
@@ -29,6 +32,11 @@ class Denoiser(Protocol):
 
     A thin object that reaches its network through the network's own `__call__`: a method `denoise`
     on the module itself would be bypassed by DDP, FSDP2 and `torch.compile`. See `as_denoiser`.
+
+    Example:
+        >>> from cyclevae.testing import toy_denoiser
+        >>> isinstance(toy_denoiser(seed=0)[0], Denoiser)
+        True
     """
 
     def denoise(

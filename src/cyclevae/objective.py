@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cyclevae import _checks
-from cyclevae._types import Count, Latents, Logits, Scalar
+from cyclevae._types import Count, Latents, Logits, Number, Scalar
 from cyclevae.base import latent_loss, t2l_loss, text_loss, unconditional_loss
-from cyclevae.batch import Batch, Rows, arrange, stack_masks
+from cyclevae.batch import Batch, Rows, Texts, arrange, stack_masks
 from cyclevae.bridges import pseudo_text
 from cyclevae.cycles import bridge_pass, cycle_latent_loss, cycle_text_loss
 from cyclevae.denoiser import Denoiser
 from cyclevae.gradient_policy import detach
 from cyclevae.options import TERMS, Options
-from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.passes import T2L, draw_noise, l2t, t2l
 from cyclevae.priors import mmd_prior, moment_prior
 from cyclevae.process import stratified_times
 
@@ -30,6 +30,11 @@ class StepOutput(NamedTuple):
         loss: the weighted sum, with its graph.
         metrics: detached 0-d tensors: each term that ran, unweighted, its weight where it may move,
             and statistics of the latents. A term that did not run is absent.
+
+    Example:
+        >>> output = StepOutput(torch.tensor(1.0), {"text_loss": torch.tensor(1.0)})
+        >>> output.metrics["text_loss"]
+        tensor(1.)
     """
 
     loss: Scalar
@@ -172,7 +177,7 @@ class _Step:
     objective: CycleObjective
     denoiser: Denoiser
     rows: Rows
-    weights: dict[str, float]
+    weights: dict[str, Number]
     generator: torch.Generator | None
     counts: Mapping[str, Count]
 
@@ -182,6 +187,8 @@ class _Step:
         self.metrics: dict[str, Tensor] = {}
         if self._runs("text", "latent"):
             self.rows.need_pairs()
+        if self._runs("latent", "cycle_text", "prior"):
+            self.rows.need_texts()
         if self._runs("text", "cycle_latent"):
             self._decode()
         if self._runs("latent", "cycle_text", "prior"):
@@ -246,37 +253,26 @@ class _Step:
         if not (shared or bridges):
             return
         texts = texts if bridges else texts.first(p)
-        with (
-            nullcontext()
-            if shared or self._runs("prior")
-            else bridge_pass(self.denoiser, o.text_policy)
-        ):
-            encoded = t2l(
-                self.denoiser,
-                *texts,
-                text_process=o.text_process,
-                latent_process=o.latent_process,
-                start="noise",
-                time=o.bridge_time,
-                noise=self._noise(len(texts.tokens)),
-            )
+        noise = self._noise(len(texts.tokens))
+        # The prior trains the encoder whatever the cycle's policy freezes or detaches.
+        learns = shared or (self._runs("prior") and not o.text_policy.freeze_bridge)
+        with nullcontext() if learns else bridge_pass(self.denoiser, o.text_policy):
+            encoded = self._from_noise(texts, noise)
             z_hat = encoded.z_hat(o.latent_process) if bridges else None
         if shared:
-            noise, time = encoded.noise[:p], encoded.time[:p]
-            target = o.latent_process.target(self.rows.need_latents()[:p], noise, time)
+            target = o.latent_process.target(
+                self.rows.need_latents()[:p], noise[:p], encoded.time[:p]
+            )
             self.losses["latent_loss"] = latent_loss(
                 encoded.prediction[:p], target, count=self.counts.get("latent_loss")
             )
-        if z_hat is not None:
-            self._use_bridge(z_hat)
-
-    def _use_bridge(self, z_hat: Latents) -> None:
-        o = self.objective
+        if z_hat is None:
+            return
         self.metrics |= _moments(z_hat.detach())
         if self._runs("cycle_text"):
             self.losses["cycle_text_loss"] = cycle_text_loss(
                 self.denoiser,
-                *self.rows.need_texts(),
+                *texts,
                 text_process=o.text_process,
                 latent_process=o.latent_process,
                 z_hat=z_hat,
@@ -284,8 +280,22 @@ class _Step:
                 count=self.counts.get("cycle_text_loss"),
             )
         if self._runs("prior"):
+            if not learns:
+                z_hat = self._from_noise(texts, noise).z_hat(o.latent_process)
             prior = mmd_prior if o.prior == "mmd" else moment_prior
             self.losses["prior_loss"] = prior(z_hat, mean=o.prior_mean, variance=o.prior_variance)
+
+    def _from_noise(self, texts: Texts, noise: Latents) -> T2L:
+        o = self.objective
+        return t2l(
+            self.denoiser,
+            *texts,
+            text_process=o.text_process,
+            latent_process=o.latent_process,
+            start="noise",
+            time=o.bridge_time,
+            noise=noise,
+        )
 
     def _base_latent(self) -> None:
         """The base latent loss in a pass of its own, below full noise or unlike the bridge."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 from cyclevae import _checks
 from cyclevae._config import dump, load
-from cyclevae._types import Schedule
+from cyclevae._types import Number, Schedule
 from cyclevae.bridges import Bridge
 from cyclevae.cycles import STOP_GRADIENT
 from cyclevae.gradient_policy import GradientPolicy
@@ -16,9 +16,10 @@ from cyclevae.priors import Moment
 from cyclevae.process import LatentProcess, TextProcess
 from cyclevae.schedules import Ramp
 
-Weight = float | Ramp | Schedule
+Weight = Number | Ramp | Schedule
 Prior = Literal["moment", "mmd"]
 CONFIG_VERSION = 1
+Self_ = TypeVar("Self_", bound="Options")
 TERMS = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
 _PARTS = {
     "text_process": TextProcess,
@@ -44,10 +45,10 @@ class Options:
     prior: Prior = "mmd"
     prior_mean: Moment | None = None
     prior_variance: Moment = 1.0
-    bridge_time: float = 1.0
-    base_latent_time: float | None = 1.0
+    bridge_time: Number = 1.0
+    base_latent_time: Number | None = 1.0
     bridge: Bridge = "argmax"
-    temperature: float = 1.0
+    temperature: Number = 1.0
     show_latent: bool = False
     text_policy: GradientPolicy = STOP_GRADIENT
     latent_policy: GradientPolicy = STOP_GRADIENT
@@ -74,7 +75,7 @@ class Options:
         ):
             self.latent_process.refuse_ill_conditioned(self.bridge_time)
 
-    def weights(self, step: int) -> dict[str, float]:
+    def weights(self, step: int) -> dict[str, Number]:
         """The terms that run at a step and what they weigh; the same on every rank."""
         weights = {}
         for term in TERMS:
@@ -89,12 +90,12 @@ class Options:
     def passes(self, step: int) -> int:
         """The forward passes of the denoiser at a step."""
         terms = self.weights(step).keys()
-        encodes = bool(terms & {"latent", "cycle_text", "prior"})
-        own_base = "latent" in terms and bool(terms & {"cycle_text", "prior"})
-        own_base = own_base and not self.shares_encoder_pass
+        bridges = bool(terms & {"cycle_text", "prior"})
+        own_base = "latent" in terms and not (bridges and self.shares_encoder_pass)
+        own_prior = {"cycle_text", "prior"} <= terms and bool(self.text_policy.freeze_bridge)
         decodes = bool(terms & {"text", "cycle_latent"})
         alone = len(terms & {"unconditional", "cycle_text", "cycle_latent"})
-        return encodes + own_base + decodes + alone
+        return bridges + own_base + own_prior + decodes + alone
 
     def to_config(self) -> dict[str, Any]:
         """Every option and the version as a plain dict, for YAML or JSON.
@@ -105,7 +106,7 @@ class Options:
         return {"version": CONFIG_VERSION, **dump(self)}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls: type[Self_], config: Mapping[str, Any]) -> Self_:
         """The objective that `to_config` wrote; a ramp is a dict of its arguments.
 
         Raises:

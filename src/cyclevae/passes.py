@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import Latents, Logits, MaskLike, Rows, Time, Tokens
+from cyclevae._types import Latents, Logits, MaskLike, Number, Rows, Time, Tokens
 from cyclevae.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.process import LatentProcess, TextProcess, stratified_times
 
@@ -27,6 +27,13 @@ def l2t(
 
     Raises:
         ValueError: wrong shapes, latents that are not finite, or a model that returns no logits.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, _ = toy_denoiser(seed=0)
+        >>> _, mask, latents = toy_batch(seed=0)[:3]
+        >>> l2t(denoiser, latents, mask, text_process=text_process).shape
+        torch.Size([3, 5, 7])
     """
     _checks.check_latents("latents", latents)
     _checks.check_rows("attention_mask", attention_mask, "latents", latents)
@@ -72,7 +79,7 @@ def t2l(
     latent_process: LatentProcess,
     latents: Latents | None = None,
     start: Literal["noise"] | None = None,
-    time: float | Time = 1.0,
+    time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
 ) -> T2L:
@@ -94,6 +101,17 @@ def t2l(
     Raises:
         ValueError: wrong shapes or values, both or none of `latents` and `start`, or noise that
             cannot be drawn because the shape of a latent is unknown.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, _ = toy_batch(seed=0)[:3]
+        >>> encoded = t2l(
+        ...     denoiser, tokens, mask, start="noise",
+        ...     text_process=text_process, latent_process=latent_process,
+        ... )
+        >>> encoded.z_hat(latent_process).shape
+        torch.Size([3, 4])
     """
     if (latents is None) == (start is None):
         raise ValueError(
@@ -107,6 +125,7 @@ def t2l(
     if latents is not None:
         _checks.check_latents("latents", latents, latent_process.shape)
         _checks.check_rows("latents", latents, "tokens", tokens)
+    time = _checks.as_time("time", time, tokens if latents is None else latents)
     if noise is None:
         noise = draw_noise(
             len(tokens), latent_process, like=latents, generator=generator, at=tokens
@@ -114,7 +133,6 @@ def t2l(
     else:
         _checks.check_latents("noise", noise, latent_process.shape)
         _checks.check_rows("noise", noise, "tokens", tokens)
-    time = _checks.as_time("time", time, noise)
     z_t = noise if latents is None else latent_process.noised(latents, noise, time)
     output = denoiser.denoise(
         text_process.pad(tokens, mask),
@@ -157,8 +175,8 @@ def joint(
     latent_process: LatentProcess,
     has_text: Rows | None = None,
     has_latent: Rows | None = None,
-    text_time: float | Time | None = None,
-    latent_time: float | Time | None = None,
+    text_time: Number | Time | None = None,
+    latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
 ) -> Joint:
@@ -183,14 +201,29 @@ def joint(
 
     Raises:
         ValueError: wrong shapes or values.
+
+    Example:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> out = joint(
+        ...     denoiser, tokens, latents, mask,
+        ...     text_process=text_process, latent_process=latent_process, text_time=1.0,
+        ... )
+        >>> bool((out.masked == mask).all())
+        True
     """
+    if has_latent is not None:  # whatever stands there, be it NaN
+        latents = only_present(latents, has_latent)
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
     _checks.check_latents("latents", latents, latent_process.shape)
     _checks.check_rows("latents", latents, "tokens", tokens)
+    if noise is not None:
+        _checks.check_same_shape("noise", noise, "latents", latents)
     rows, device = len(tokens), tokens.device
 
-    def time(name: str, given: float | Time | None, present: Rows | None) -> Time:
+    def time(name: str, given: Number | Time | None, present: Rows | None) -> Time:
         if given is None:
             given = stratified_times(rows, device=device, generator=generator)
         given = _checks.as_time(name, given, latents)
@@ -202,7 +235,7 @@ def joint(
         noise = draw_noise(rows, latent_process, like=latents, generator=generator, at=tokens)
     noisy_tokens, masked = text_process.mask(tokens, mask, text_time, generator=generator)
     z_t = latent_process.noised(latents, noise, latent_time)
-    if has_latent is not None:  # at time 1 a discretised schedule leaves a trace of the latent
+    if has_latent is not None:
         z_t = torch.where(has_latent.view(-1, *[1] * (z_t.ndim - 1)), z_t, noise)
     output = denoiser.denoise(
         noisy_tokens,
@@ -222,12 +255,17 @@ def joint(
     )
 
 
+def only_present(values: Tensor, rows: Rows) -> Tensor:
+    """Values of the rows that have them; zeros, without a gradient, elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+
+
 def draw_noise(
     rows: int,
     latent_process: LatentProcess,
     *,
     at: Tensor,
-    like: Latents | None = None,
+    like: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Latents:
     """Standard normal noise in the shape of `like`, or of the process, on the device of `at`."""

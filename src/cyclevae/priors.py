@@ -7,6 +7,7 @@ reward contraction in small batches.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import get_args
 
 import torch
@@ -15,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import Estimator, Latents, Scalar
+from cyclevae._types import Estimator, Latents, Number, Scalar
 from cyclevae.kernels import gaussian_gram, gaussian_mean, gaussian_self
 
-Moment = float | Float[Tensor, "..."]
+Moment = Number | Float[Tensor, "..."]
 
 
 def moment_prior(
@@ -66,7 +67,7 @@ def moment_prior(
 def mmd_prior(
     z: Latents,
     *,
-    scales: Sequence[float] = (0.5, 1.0, 2.0),
+    scales: Sequence[Number] = (0.5, 1.0, 2.0),
     mean: Moment | None = None,
     variance: Moment = 1.0,
     estimator: Estimator = "unbiased",
@@ -104,7 +105,8 @@ def mmd_prior(
     for scale in scales:
         _checks.check_positive("scales", scale)
     # matrix products under autocast would round the distances to half precision
-    with torch.autocast(x.device.type, enabled=False):
+    exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with exact:
         return torch.stack([_mmd2(x, v, scale * v.sum(), estimator) for scale in scales]).mean()
 
 
@@ -121,8 +123,8 @@ def _mmd2(x: Tensor, variance: Tensor, bandwidth2: Tensor, estimator: Estimator)
 
 def _standard_form(
     z: Latents, mean: Moment | None, variance: Moment, estimator: Estimator
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, " d"]]:
-    """Centred latents `[b, d]` and the target's variances `[d]`, in fp32 or better."""
+) -> tuple[Float[Tensor, "b D"], Float[Tensor, " D"]]:
+    """Centred latents, flat, and the target's variances, in fp32 or better."""
     _checks.check_latents("z", z)
     _checks.check_choice("estimator", estimator, get_args(Estimator))
     if len(z) < 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import Latents, Logits, Mask, Prediction, Time, Tokens
+from cyclevae._types import Latents, Logits, Mask, Number, Prediction, Time, Tokens
 
 LatentSchedule = Literal["cosine", "linear", "sigmoid", "continuous_cosine"]
 AlphaSigma = Callable[[Time], tuple[Time, Time]]
@@ -176,6 +176,12 @@ def convert(
     conversions divide by zero.
 
     Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
+
+    Example:
+        >>> z_t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]])
+        >>> alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
+        >>> convert(v, z_t, alpha, sigma, source="v", target="x0")
+        tensor([[0.2000]])
     """
     _checks.check_choice("source", source, get_args(Prediction))
     _checks.check_choice("target", target, get_args(Prediction))
@@ -228,7 +234,7 @@ class LatentProcess:
 
     schedule: LatentSchedule | AlphaSigma = "cosine"
     prediction: Prediction = "v"
-    max_gain: float = 10.0
+    max_gain: Number = 10.0
     shape: tuple[int, ...] | None = None
     _tables: dict[torch.device, Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -292,7 +298,7 @@ class LatentProcess:
         x0 = convert(prediction, z_t, alpha, sigma, source=self.prediction, target="x0")
         return x0.to(z_t.dtype)
 
-    def refuse_ill_conditioned(self, time: float | Time) -> None:
+    def refuse_ill_conditioned(self, time: Number | Time) -> None:
         """Refuse times at which an epsilon prediction says nothing of the clean latent.
 
         A number is always checked, a tensor where values are (see `check_values`).

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from cyclevae._checks import check_nonnegative
+from cyclevae._types import Number
 
 
 @dataclass(frozen=True)
 class Ramp:
     """A weight that waits, then rises: see `ramp`."""
 
-    weight: float
+    weight: Number
     warmup_steps: int = 0
     ramp_steps: int = 0
 
@@ -17,7 +18,7 @@ class Ramp:
         for name in ("weight", "warmup_steps", "ramp_steps"):
             check_nonnegative(name, getattr(self, name))
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> Number:
         """The weight at a step."""
         if step < self.warmup_steps:
             return 0.0
@@ -26,7 +27,7 @@ class Ramp:
         return self.weight * (step - self.warmup_steps + 1) / (self.ramp_steps + 1)
 
 
-def ramp(weight: float, warmup_steps: int = 0, ramp_steps: int = 0) -> Ramp:
+def ramp(weight: Number, warmup_steps: int = 0, ramp_steps: int = 0) -> Ramp:
     """A weight as a function of the step: 0 in the warm-up, then a linear ramp, then constant.
 
     The first step after the warm-up already has a positive weight, so that no forward pass is

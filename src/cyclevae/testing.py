@@ -260,7 +260,12 @@ def _evaluating(module: object) -> Iterator[None]:
 
 
 class ToyNetwork(nn.Module):
-    """The smallest network that reads both parts in both directions: for examples and tests."""
+    """The smallest network that reads both parts in both directions: for examples and tests.
+
+    Example:
+        >>> ToyNetwork(vocab_size=7, latent_dim=4).text_head.out_features
+        7
+    """
 
     def __init__(self, vocab_size: int, latent_dim: int) -> None:
         super().__init__()
