@@ -69,6 +69,8 @@ def unmask(
 ) -> Tensor:
     """Decode in as many passes as there are tokens, the most certain token first.
 
+    No word piece is used twice: so small a model would repeat its most certain one.
+
     Reference: mask-predict, https://arxiv.org/abs/1904.09324.
     """
     tokens, clean = text_process.fully_masked(mask), torch.zeros(len(mask))
@@ -82,7 +84,9 @@ def unmask(
             attention_mask=mask,
             need="logits",
         ).logits
-        certainty, choice = text_process.forbid(logits).softmax(dim=-1).max(dim=-1)
+        used = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter(1, tokens, True)
+        logits = text_process.forbid(logits).masked_fill(used[:, None], -1e9)
+        certainty, choice = logits.softmax(dim=-1).max(dim=-1)
         surest = certainty.masked_fill(~left, -1.0).argmax(dim=1, keepdim=True)
         chosen = left & torch.zeros_like(left).scatter(1, surest, True)
         tokens = torch.where(chosen, choice, tokens)
