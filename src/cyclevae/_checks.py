@@ -23,7 +23,7 @@ class check_values:  # noqa: N801 - reads as a function, like torch.set_grad_ena
     By default values are checked on CPU tensors; they are not on CUDA, where each check waits for
     the device, nor on `meta` tensors, nor inside `torch.compile`. Works as a call or in a `with`.
 
-    Example:
+    Examples:
         >>> import cyclevae
         >>> with cyclevae.check_values(False):
         ...     pass  # nothing in here reads a value back from a tensor

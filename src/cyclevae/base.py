@@ -54,7 +54,7 @@ def text_loss(
         ValueError: shapes that do not fit, ids out of range, an unknown reduction.
         TypeError: tokens that are not integers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits, tokens = torch.zeros(1, 2, 4), torch.tensor([[1, 0]])
         >>> text_loss(logits, tokens, tokens > 0)  # log 4
@@ -93,7 +93,7 @@ def latent_loss(
     Raises:
         ValueError: unequal shapes, an unknown reduction, a variance that is not above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> latent_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor(5.)
@@ -122,7 +122,7 @@ def l2t_loss(
     Raises:
         ValueError: wrong shapes or values.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, latents = toy_batch(seed=0)[:3]
@@ -166,7 +166,7 @@ def t2l_loss(
     Raises:
         ValueError: wrong shapes or values.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, latents = toy_batch(seed=0)[:3]
@@ -201,7 +201,7 @@ class UnconditionalLoss(NamedTuple):
         text: a bound on the negative log-likelihood of a token, in nats.
         latent: squared error in the prediction space.
 
-    Example:
+    Examples:
         >>> UnconditionalLoss(text=torch.tensor(2.0), latent=torch.tensor(1.0)).text
         tensor(2.)
     """
@@ -254,7 +254,7 @@ def unconditional_loss(
 
     Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, latents = toy_batch(seed=0)[:3]

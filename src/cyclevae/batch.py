@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         pseudo_text_mask: `[b'', s'']`, the lengths of the texts to be written for the unpaired
             latents; drawn from the batch's own texts if not given.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tokens = torch.tensor([[3, 4, 0]])
         >>> batch = Batch(tokens, tokens > 0, torch.zeros(1, 4))

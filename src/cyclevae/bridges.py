@@ -20,7 +20,7 @@ Bridge = Literal["argmax", "categorical"]
 def argmax_text(logits: Logits, attention_mask: Mask, *, text_process: TextProcess) -> Tokens:
     """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
 
-    Example:
+    Examples:
         >>> import torch
         >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
         >>> logits = torch.tensor([[[9.0, 1.0, 9.0, 3.0], [0.0, 2.0, 0.0, 1.0]]])
@@ -46,7 +46,7 @@ def categorical_text(
     Raises:
         ValueError: a temperature that is not a finite number above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
         >>> logits, mask = torch.zeros(1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
@@ -76,7 +76,7 @@ def pseudo_text(
     Raises:
         ValueError: an unknown bridge.
 
-    Example:
+    Examples:
         >>> import torch
         >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
         >>> logits, mask = torch.eye(4)[None, [3, 1]], torch.tensor([[True, False]])
@@ -105,7 +105,7 @@ def draw_lengths(
     Raises:
         ValueError: a batch without texts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> draw_lengths(torch.tensor([[True, True, False]]), 2)
         tensor([[ True,  True, False],

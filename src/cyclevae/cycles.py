@@ -60,7 +60,7 @@ def cycle_text_loss(
     Reference: ITIT, https://arxiv.org/abs/2310.03734; back-translation,
     https://arxiv.org/abs/1511.06709.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_denoiser
         >>> denoiser, text, latent = toy_denoiser(seed=0)
         >>> tokens = torch.tensor([[3, 4, 5], [4, 6, 0]])
@@ -143,7 +143,7 @@ def cycle_latent_loss(
 
     Reference: ITIT, https://arxiv.org/abs/2310.03734.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_denoiser
         >>> denoiser, text, latent = toy_denoiser(seed=0)
         >>> loss = cycle_latent_loss(

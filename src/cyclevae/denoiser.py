@@ -18,7 +18,7 @@ class Denoised(NamedTuple):
         logits: `[b, s, v]`.
         latent_prediction: the shape of the latents, in the process's prediction type.
 
-    Example:
+    Examples:
         >>> logits, latent_prediction = Denoised(logits=None, latent_prediction=None)
     """
 
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
     A thin object that reaches its network through the network's own `__call__`: a method `denoise`
     on the module itself would be bypassed by DDP, FSDP2 and `torch.compile`. See `as_denoiser`.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_denoiser
         >>> isinstance(toy_denoiser(seed=0)[0], Denoiser)
         True
@@ -121,7 +121,7 @@ def as_denoiser(network: nn.Module) -> ModuleDenoiser:
     Raises:
         TypeError: not a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Tiny(torch.nn.Module):
         ...     def __init__(self):
@@ -156,7 +156,7 @@ class EncoderDecoder(nn.Module):
     and the decoder the logits. Only what is needed runs. Parameter patterns start with `encoder.`
     and `decoder.`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Encoder(torch.nn.Embedding):
         ...     def forward(self, tokens, latents, **state):

@@ -36,7 +36,7 @@ class GradientPolicy:
 
     Reference: stop-gradient at the bridge, as in SimSiam (Chen & He 2021, arXiv:2011.10566).
 
-    Example:
+    Examples:
         >>> GradientPolicy(bridge="full", freeze=("decoder.*",))
         GradientPolicy(bridge='full', freeze=('decoder.*',), freeze_bridge=())
     """
@@ -101,7 +101,7 @@ def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager
     Reference: stop-gradient on one pass of shared weights, as in SimSiam,
     https://arxiv.org/abs/2011.10566.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
         >>> with freeze(model, "decoder.*"):
         ...     y = model["decoder"](model["encoder"](torch.ones(1, 2)))
@@ -121,7 +121,7 @@ def detach() -> AbstractContextManager[None]:
     Reference: older PyTorch caches the casts made under `no_grad` and loses the gradients of later
     passes, https://github.com/pytorch/pytorch/issues/112583.
 
-    Example:
+    Examples:
         >>> encoder = nn.Linear(2, 2)
         >>> with detach():
         ...     bridge = encoder(torch.ones(1, 2))
@@ -147,7 +147,7 @@ def refuse_reentrant(outputs: Iterable[Tensor], *, bridge: Tensor | None = None)
 
     Reference: https://docs.pytorch.org/docs/stable/checkpoint.html
 
-    Example:
+    Examples:
         >>> from torch.utils.checkpoint import checkpoint
         >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
         >>> refuse_reentrant([checkpoint(layer, x, use_reentrant=False)])

@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
         metrics: detached 0-d tensors: each term that ran, unweighted, its weight where it may move,
             and statistics of the latents. A term that did not run is absent.
 
-    Example:
+    Examples:
         >>> output = StepOutput(torch.tensor(1.0), {"text_loss": torch.tensor(1.0)})
         >>> output.metrics["text_loss"]
         tensor(1.)
@@ -78,7 +78,7 @@ class CycleObjective(Options):
         ValueError: an unknown option, a negative, NaN or infinite weight, or an epsilon process
             whose bridge would be ill-conditioned.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> objective = CycleObjective(text_process, latent_process)
@@ -96,14 +96,14 @@ class CycleObjective(Options):
         the objective.
         """
         rows = arrange(batch, self.text_process, self.latent_process)
-        like = next(part for part in (*batch,) if part is not None)
+        like = next((part for part in batch if part is not None), torch.zeros(0))
         zero = torch.zeros((), device=like.device)
         p, texts, latents = rows.paired, rows.texts, rows.latents
         tokens = zero if texts is None else texts.mask.sum()
         paired_tokens = zero if texts is None else texts.mask[:p].sum()
         elements = zero if latents is None else zero + latents.numel()
         paired_elements = zero if latents is None else zero + latents[:p].numel()
-        return {
+        counts = {
             "text_loss": paired_tokens,
             "latent_loss": paired_elements,
             "unconditional_text_loss": tokens,
@@ -111,6 +111,8 @@ class CycleObjective(Options):
             "cycle_text_loss": tokens,
             "cycle_latent_loss": elements,
         }
+        # Tensors of their own, so that each may be summed over ranks in place.
+        return {name: count.clone() for name, count in counts.items()}
 
     def __call__(
         self,
@@ -371,7 +373,7 @@ class StepModule(nn.Module):
     `forward(batch, step)` runs every pass of a step inside one forward, so that DDP sees a single
     forward and backward however many passes the plan has.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> module = StepModule(denoiser, CycleObjective(text_process, latent_process))

@@ -82,7 +82,8 @@ class Options:
             weight = getattr(self, f"{term}_weight")
             if callable(weight):
                 weight = weight(step)
-                _checks.check_nonnegative(f"{term}_weight({step})", weight)
+                if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
+                    _checks.check_nonnegative(f"{term}_weight({step})", weight)
             if weight > 0:
                 weights[term] = weight
         return weights

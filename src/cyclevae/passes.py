@@ -28,7 +28,7 @@ def l2t(
     Raises:
         ValueError: wrong shapes, latents that are not finite, or a model that returns no logits.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, _ = toy_denoiser(seed=0)
         >>> _, mask, latents = toy_batch(seed=0)[:3]
@@ -102,7 +102,7 @@ def t2l(
         ValueError: wrong shapes or values, both or none of `latents` and `start`, or noise that
             cannot be drawn because the shape of a latent is unknown.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, _ = toy_batch(seed=0)[:3]
@@ -202,7 +202,7 @@ def joint(
     Raises:
         ValueError: wrong shapes or values.
 
-    Example:
+    Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, latents = toy_batch(seed=0)[:3]

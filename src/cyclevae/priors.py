@@ -48,7 +48,7 @@ def moment_prior(
 
     Reference: the floors are moments of chi-squared variables (Cochran's theorem).
 
-    Example:
+    Examples:
         >>> import torch
         >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # variances 2 and 0
         >>> moment_prior(z, estimator="biased")
@@ -93,7 +93,7 @@ def mmd_prior(
     Reference: Gretton et al., A kernel two-sample test, JMLR 2012; the closed form is the BHEP
     statistic of Henze and Zirkler, 1990.
 
-    Example:
+    Examples:
         >>> import torch
         >>> z = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
         >>> mmd_prior(z, scales=(0.5,), estimator="biased")

@@ -32,7 +32,7 @@ class TextProcess:
     Raises:
         ValueError: an id outside the vocabulary.
 
-    Example:
+    Examples:
         >>> import torch
         >>> text = TextProcess(mask_id=2, vocab_size=6, pad_id=0)
         >>> text.fully_masked(torch.tensor([[True, True, False]]))
@@ -177,7 +177,7 @@ def convert(
 
     Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
 
-    Example:
+    Examples:
         >>> z_t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]])
         >>> alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
         >>> convert(v, z_t, alpha, sigma, source="v", target="x0")
@@ -225,7 +225,7 @@ class LatentProcess:
     Raises:
         ValueError: an unknown schedule or prediction, or a bad `max_gain`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> process = LatentProcess("cosine", prediction="epsilon")
         >>> process.gain(torch.tensor([0.5, 0.9, 1.0])).round(decimals=2).tolist()

@@ -22,9 +22,8 @@ class Ramp:
         """The weight at a step."""
         if step < self.warmup_steps:
             return 0.0
-        if step >= self.warmup_steps + self.ramp_steps:
-            return self.weight
-        return self.weight * (step - self.warmup_steps + 1) / (self.ramp_steps + 1)
+        # min, not a branch: the end of a ramp is no reason to compile again
+        return self.weight * min(1.0, (step - self.warmup_steps + 1) / (self.ramp_steps + 1))
 
 
 def ramp(weight: Number, warmup_steps: int = 0, ramp_steps: int = 0) -> Ramp:
@@ -41,7 +40,7 @@ def ramp(weight: Number, warmup_steps: int = 0, ramp_steps: int = 0) -> Ramp:
     Raises:
         ValueError: a negative, NaN or infinite argument.
 
-    Example:
+    Examples:
         >>> weight = ramp(1.0, warmup_steps=100, ramp_steps=99)
         >>> [weight(step) for step in (0, 99, 100, 149, 199, 10_000)]
         [0.0, 0.0, 0.01, 0.5, 1.0, 1.0]

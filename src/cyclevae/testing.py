@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def assert_frozen(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]
         ValueError: if nothing would be tested: no graph, no parameters, or
             sharded ones, or the aliases that `freeze` lends.
 
-    Example:
+    Examples:
         >>> from cyclevae.gradient_policy import freeze
         >>> layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
         >>> with freeze(layer):
@@ -65,7 +66,7 @@ def assert_learns(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]
         ValueError: if nothing would be tested: no graph, no parameters, or
             sharded ones, or the aliases that `freeze` lends.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 2)
         >>> assert_learns(layer(torch.ones(1, 2)).sum(), layer.named_parameters())
     """
@@ -140,7 +141,7 @@ def check_denoiser(
         TypeError: it has no `denoise` method, or is a module itself.
         ValueError: no latent shape is known.
 
-    Example:
+    Examples:
         >>> check_denoiser(*toy_denoiser(seed=0))
     """
     if isinstance(denoiser, nn.Module):
@@ -157,6 +158,8 @@ def check_denoiser(
     parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
     if device is None:
         device = parameters[0].device if parameters else torch.device("cpu")
+    if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
+        parameters = []  # FSDP2 hides their gradients from autograd
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     words = [i for i in range(text_process.vocab_size) if i not in text_process.forbidden_ids]
@@ -247,7 +250,7 @@ def _close(left: Tensor, right: Tensor) -> bool:
 
 @contextmanager
 def _evaluating(module: object) -> Iterator[None]:
-    """Dropout off, then every submodule back as it was."""
+    """Dropout off, then every submodule back as it was, and sharded again where FSDP2 shards it."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     modes = [m.training for m in modules]
     for m in modules:
@@ -257,12 +260,17 @@ def _evaluating(module: object) -> Iterator[None]:
     finally:
         for m, mode in zip(modules, modes, strict=True):
             m.training = mode
+            # A root unit stays unsharded until its backward, and an optimizer made meanwhile would
+            # hold the wrong parameters. By name, because torch.distributed may be missing.
+            if any(base.__name__ == "FSDPModule" for base in type(m).__mro__):
+                reshard: Any = m.reshard
+                reshard()
 
 
 class ToyNetwork(nn.Module):
     """The smallest network that reads both parts in both directions: for examples and tests.
 
-    Example:
+    Examples:
         >>> ToyNetwork(vocab_size=7, latent_dim=4).text_head.out_features
         7
     """
@@ -300,7 +308,7 @@ class ToyNetwork(nn.Module):
 def toy_denoiser(seed: int = 0) -> tuple[ModuleDenoiser, TextProcess, LatentProcess]:
     """A denoiser of `ToyNetwork`, 7 ids (padding 0, mask 2) and latents of 4 dimensions.
 
-    Example:
+    Examples:
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> latent_process.shape
         (4,)
@@ -315,7 +323,7 @@ def toy_denoiser(seed: int = 0) -> tuple[ModuleDenoiser, TextProcess, LatentProc
 def toy_batch(seed: int = 0, rows: int = 3) -> Batch:
     """A batch for `toy_denoiser`, with pairs, unpaired texts and unpaired latents.
 
-    Example:
+    Examples:
         >>> toy_batch(seed=0).unpaired_latents.shape
         torch.Size([3, 4])
     """
