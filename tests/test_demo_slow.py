@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_an_interrupt_leaves_a_readable_partial_result(cache, tmp_path):
     process = demo(cache, tmp_path, "--steps", "4000")
     log = tmp_path / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
-        os.sched_yield()
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 130, stderr

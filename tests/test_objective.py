@@ -146,6 +146,8 @@ def test_metrics_are_detached_scalars_and_absent_terms_are_absent(toy):
     for name, value in metrics.items():
         assert isinstance(value, torch.Tensor) and value.ndim == 0 and not value.requires_grad, name
     assert {"text_loss", "latent_loss", "text_accuracy", "latent_pred_norm"} <= metrics.keys()
+    latents = torch.cat([toy_batch().latents, toy_batch().unpaired_latents])
+    torch.testing.assert_close(metrics["latent_norm"], latents.norm(dim=1).mean())
     only = cv.CycleObjective(text, latent, **PAIRS_ONLY)(denoiser, toy_batch(), step=0).metrics
     assert set(only) == {"loss", "text_loss", "latent_loss", "text_accuracy"}
 

@@ -271,6 +271,8 @@ class _Step:
         if z_hat is None:
             return
         self.metrics |= _moments(z_hat.detach())
+        if self.rows.latents is not None:
+            self.metrics["latent_norm"] = _mean_norm(self.rows.latents)
         if self._runs("cycle_text"):
             self.losses["cycle_text_loss"] = cycle_text_loss(
                 self.denoiser,
@@ -357,11 +359,15 @@ class _Step:
         )
 
 
+def _mean_norm(latents: Latents) -> Tensor:
+    return latents.flatten(1).float().norm(dim=1).mean()
+
+
 def _moments(z_hat: Latents) -> dict[str, Tensor]:
     """Is the latent alive: its norm, and mean and variance pooled over dimensions."""
     flat = z_hat.flatten(1).float()
     return {
-        "latent_pred_norm": flat.norm(dim=1).mean(),
+        "latent_pred_norm": _mean_norm(z_hat),
         "latent_pred_mean": flat.mean(dim=0).square().mean().sqrt(),
         "latent_pred_variance": flat.var(dim=0, correction=0).mean(),
     }
