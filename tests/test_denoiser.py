@@ -159,6 +159,21 @@ def test_the_dry_run_refuses_a_method_on_the_module_itself():
         check_denoiser(toy_denoiser()[0], text, cv.LatentProcess())
 
 
+def test_the_dry_run_sees_a_bypassed_call():
+    denoiser, text, latent = toy_denoiser()
+    denoiser.denoise = lambda *args, **state: denoiser.network.forward(*args, **state)
+    with pytest.raises(AssertionError, match=r"network's own __call__.*bypassed"):
+        check_denoiser(denoiser, text, latent)
+
+
+@pytest.mark.parametrize("pad_id", [0, 6, None])
+def test_the_dry_run_sees_a_leak_whatever_the_padding_id(pad_id):
+    torch.manual_seed(0)
+    text = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=pad_id)
+    with pytest.raises(AssertionError, match="ids at padded positions change"):
+        check_denoiser(cv.as_denoiser(Broken("padding")), text, toy_denoiser()[2])
+
+
 def test_the_dry_run_leaves_no_trace():
     denoiser, text, latent = toy_denoiser()
     denoiser.module.text_head.eval()

@@ -301,6 +301,37 @@ def test_an_epsilon_bridge_needs_a_capped_time_and_then_a_base_pass_of_its_own(t
     assert max(time.max() for time in times) <= 0.9
 
 
+def test_a_frozen_pattern_is_resolved_before_its_term_switches_on(toy):
+    denoiser, text, latent = toy
+    recorder, generator = Recorder(denoiser), seeded()
+    state = generator.get_state()
+    objective = cv.CycleObjective(
+        text,
+        latent,
+        cycle_text_weight=cv.ramp(2.0, 100),
+        text_policy=cv.GradientPolicy(freeze=("wrd.*",)),
+    )
+    with pytest.raises(ValueError, match=r"'wrd\.\*' of freeze\(\) matches no parameter"):
+        objective(recorder, toy_batch(), step=0, generator=generator)
+    assert not recorder.calls and torch.equal(state, generator.get_state())
+
+
+@pytest.mark.parametrize("freeze_bridge", [(), ("word.*",)])
+@pytest.mark.parametrize("base_latent_time", [1.0, None])
+def test_the_announced_passes_are_those_that_run(toy, freeze_bridge, base_latent_time):
+    denoiser, text, latent = toy
+    policy = cv.GradientPolicy("full", (), freeze_bridge)
+    terms = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
+    for chosen in range(1, 2 ** len(terms)):
+        weights = {f"{t}_weight": float(chosen >> i & 1) for i, t in enumerate(terms)}
+        objective = cv.CycleObjective(
+            text, latent, **weights, text_policy=policy, base_latent_time=base_latent_time
+        )
+        recorder = Recorder(denoiser)
+        objective(recorder, toy_batch(), step=0)
+        assert len(recorder.calls) == objective.passes(0), weights
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -428,3 +459,42 @@ def test_a_function_of_ones_own_has_no_configuration(toy):
     _, text, latent = toy
     with pytest.raises(ValueError, match=r"`prior_weight` is .*a plain configuration cannot hold"):
         cv.CycleObjective(text, latent, prior_weight=lambda step: 1.0).to_config()
+
+
+def test_a_number_is_refused_where_tensors_are_not_read(toy):
+    denoiser, text, _ = toy
+    epsilon = cv.LatentProcess(prediction="epsilon", shape=(4,))
+    tokens, mask, _ = toy_batch()[:3]
+    with cv.check_values(False):
+        encoded = cv.t2l(
+            denoiser, tokens, mask, text_process=text, latent_process=epsilon, start="noise"
+        )
+        with pytest.raises(ValueError, match="gain of"):
+            encoded.z_hat(epsilon)
+
+
+@pytest.mark.parametrize("name", ["has_text", "has_latent"])
+@pytest.mark.unhooked
+def test_rows_are_chosen_by_bool_of_their_number(toy, name):
+    denoiser, text, latent = toy
+    tokens, mask, latents = toy_batch()[:3]
+    for bad in (torch.tensor([True]), torch.ones(3)):
+        with pytest.raises(ValueError, match=rf"`{name}` must be bool \[3\]"):
+            cv.unconditional_loss(
+                denoiser, tokens, latents, mask, text_process=text, latent_process=latent,
+                **{name: bad},
+            )  # fmt: skip
+
+
+def test_empty_unpaired_parts_count_nothing(toy):
+    denoiser, text, latent = toy
+    batch = toy_batch()
+    empty = batch._replace(
+        unpaired_tokens=batch.unpaired_tokens[:0],
+        unpaired_attention_mask=batch.unpaired_attention_mask[:0],
+        unpaired_latents=batch.unpaired_latents[:0],
+    )
+    objective = cv.CycleObjective(text, latent)
+    none = cv.Batch(*batch[:3])
+    losses = [objective(denoiser, b, step=0, generator=seeded()).loss for b in (empty, none)]
+    assert losses[0] == losses[1]

@@ -70,6 +70,18 @@ def test_a_schedule_of_ones_own():
     assert noised.tolist() == [[2.0] * 3, [5.0] * 3]
 
 
+def test_v_needs_a_variance_preserving_schedule():
+    with pytest.raises(ValueError, match=r"alpha\^2 \+ sigma\^2 must be 1, got \[1\.0, 0\.625"):
+        cv.LatentProcess(lambda t: (1 - t, t), prediction="v")
+
+
+@pytest.mark.parametrize("shape", [(), (1, 2, 3), (0,), ("4",)])
+@pytest.mark.unhooked
+def test_shapes_of_a_latent_are_checked(shape):
+    with pytest.raises(ValueError, match=r"`shape` must be \(d,\) or \(n, d\)"):
+        cv.LatentProcess(shape=shape)
+
+
 def test_half_precision_times_are_read_in_fp32():
     alpha, _ = cv.LatentProcess().alpha_sigma(torch.tensor([0.5], dtype=torch.bfloat16))
     assert alpha.dtype == torch.float32

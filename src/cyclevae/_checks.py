@@ -91,6 +91,8 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
 
 def as_mask(name: str, mask: Tensor, shape: Sequence[int]) -> Tensor:
     """The attention mask as bool `[b, s]`, True = keep, from bool, integers or 0/1 floats."""
+    if mask.ndim != 2:
+        raise ValueError(f"`{name}` must have shape [b, s], got {_describe(mask)}")
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(
             f"`{name}` must have the shape of its tokens {list(shape)}, got {_describe(mask)}"
@@ -105,7 +107,13 @@ def as_mask(name: str, mask: Tensor, shape: Sequence[int]) -> Tensor:
     return mask.bool()
 
 
-def check_latents(name: str, latents: Tensor, shape: Sequence[int] | None = None) -> None:
+def check_latents(
+    name: str,
+    latents: Tensor,
+    shape: Sequence[int] | None = None,
+    *,
+    cure: str = "drop or repair these rows",
+) -> None:
     """Latents are finite floats `[b, d]` or `[b, n, d]`; `shape` is that of one sample."""
     if latents.ndim not in (2, 3) or (shape is not None and list(latents.shape[1:]) != list(shape)):
         wanted = "[b, d] or [b, n, d]" if shape is None else f"[b, {', '.join(map(str, shape))}]"
@@ -115,10 +123,10 @@ def check_latents(name: str, latents: Tensor, shape: Sequence[int] | None = None
         )
     if not latents.is_floating_point():
         raise TypeError(f"`{name}` must be floating point, got {_describe(latents)}; use .float()")
-    check_finite(name, latents)
+    check_finite(name, latents, cure)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor, cure: str) -> None:
     """Refuse NaN and infinity, and say where they are."""
     if reads_values(tensor):
         bad = ~torch.isfinite(tensor)
@@ -126,7 +134,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
             rows = bad.reshape(len(bad), -1).any(dim=1).nonzero().flatten().tolist()
             raise ValueError(
                 f"`{name}` must be finite, got NaN or infinity in {len(rows)} of {len(bad)} rows "
-                f"(first: row {rows[0]}); drop or repair these rows"
+                f"(first: row {rows[0]}); {cure}"
             )
 
 
@@ -137,6 +145,25 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
             f"`{name}` and `{other_name}` must have equal shapes, got {list(tensor.shape)} and "
             f"{list(other.shape)}" + _squeeze_hint(tensor)
         )
+
+
+def check_row_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
+    """A choice of rows is bool `[b]`."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(like),)):
+        raise ValueError(f"`{name}` must be bool [{len(like)}], got {_describe(mask)}")
+
+
+def check_variance(name: str, variance: Number | Tensor, shape: Sequence[int]) -> None:
+    """A variance is above 0: a number, or a tensor in the shape of one latent or `[d]`."""
+    if not isinstance(variance, Tensor):
+        return check_positive(name, variance)
+    if variance.ndim and variance.shape not in (torch.Size(shape), torch.Size(shape[-1:])):
+        raise ValueError(
+            f"`{name}` must be a number or have the shape of one latent {list(shape)}, "
+            f"got {list(variance.shape)}"
+        )
+    if reads_values(variance) and not bool((variance > 0).all()):
+        raise ValueError(f"`{name}` must be above 0 in every dimension")
 
 
 def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

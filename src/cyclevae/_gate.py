@@ -118,6 +118,12 @@ class Frozen(AbstractContextManager[None]):
             swap.give_back()
 
 
+def check_patterns(target: object, patterns: Sequence[str]) -> None:
+    """Refuse patterns that match no parameter, before anything runs."""
+    if patterns:
+        _select(_slots(_module_of(target)), tuple(patterns))
+
+
 def _module_of(target: object) -> nn.Module:
     module = target if isinstance(target, nn.Module) else getattr(target, "module", None)
     if not isinstance(module, nn.Module):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae._checks import check_choice
+from cyclevae._checks import check_choice, check_nonnegative
 from cyclevae._types import Count, Mask, Number, Reduction
 
 
@@ -62,6 +62,8 @@ def _divisor(reduction: Reduction, rows: int, count: Count | None) -> Count:
 
 
 def _at_least_one(count: Count) -> Count:
+    if not isinstance(count, Tensor):
+        check_nonnegative("count", count)
     # A count over ranks may be a fraction, but an empty one must not divide by zero.
     if isinstance(count, Tensor):
         return torch.where(count > 0, count, torch.ones_like(count))

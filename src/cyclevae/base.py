@@ -1,6 +1,6 @@
 """The losses both directions are trained with anyway, and the two formulas all others share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +101,7 @@ def latent_loss(
         tensor(5.)
     """
     _checks.check_same_shape("prediction", prediction, "target", target)
-    if not isinstance(variance, Tensor):
-        _checks.check_positive("variance", variance)
+    _checks.check_variance("variance", variance, prediction.shape[1:])
     error = _fp32(prediction) - _fp32(target)
     return reduce_latents(error.square(), reduction=reduction, variance=variance, count=count)
 
@@ -130,6 +129,8 @@ def l2t_loss(
         >>> loss.shape
         torch.Size([])
     """
+    _checks.check_choice("reduction", reduction, get_args(Reduction))
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     logits = l2t(denoiser, latents, attention_mask, text_process=text_process)
     return text_loss(logits, tokens, attention_mask, reduction=reduction, count=count)
 
@@ -177,6 +178,7 @@ def t2l_loss(
         >>> loss.shape
         torch.Size([])
     """
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     if time is None:
         time = stratified_times(len(tokens), device=tokens.device, generator=generator)
     encoded = t2l(
@@ -265,6 +267,7 @@ def unconditional_loss(
         >>> text.shape, latent.shape
         (torch.Size([]), torch.Size([]))
     """
+    _checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:
         latents = only_present(latents, has_latent)
     out = joint(

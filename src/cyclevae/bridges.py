@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from cyclevae._checks import check_choice, check_positive
-from cyclevae._types import Logits, Mask, Number, Tokens
+from cyclevae._checks import as_mask, check_choice, check_positive
+from cyclevae._types import Logits, Mask, MaskLike, Number, Tokens
 from cyclevae.process import TextProcess
 
 Bridge = Literal["argmax", "categorical"]
 
 
-def argmax_text(logits: Logits, attention_mask: Mask, *, text_process: TextProcess) -> Tokens:
+def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextProcess) -> Tokens:
     """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
 
     Examples:
@@ -27,13 +27,14 @@ def argmax_text(logits: Logits, attention_mask: Mask, *, text_process: TextProce
         >>> argmax_text(logits, torch.tensor([[True, True]]), text_process=text)
         tensor([[3, 1]])
     """
+    attention_mask = _checked(logits, attention_mask, text_process)
     choice = text_process.forbid(logits.detach()).argmax(dim=-1)
     return text_process.frame(choice, attention_mask)
 
 
 def categorical_text(
     logits: Logits,
-    attention_mask: Mask,
+    attention_mask: MaskLike,
     *,
     text_process: TextProcess,
     temperature: Number = 1.0,
@@ -55,6 +56,7 @@ def categorical_text(
         tensor([[...]])
     """
     check_positive("temperature", temperature)
+    attention_mask = _checked(logits, attention_mask, text_process)
     # argmax of p_i / E_i with independent exponentials E_i is a draw from p; taken in log space,
     # no overflow can make a forbidden id win
     allowed = text_process.forbid(logits.detach().float() / temperature)
@@ -64,7 +66,7 @@ def categorical_text(
 
 def pseudo_text(
     logits: Logits,
-    attention_mask: Mask,
+    attention_mask: MaskLike,
     *,
     text_process: TextProcess,
     bridge: Bridge = "argmax",
@@ -96,7 +98,7 @@ def pseudo_text(
 
 
 def draw_lengths(
-    attention_mask: Mask, rows: int, *, generator: torch.Generator | None = None
+    attention_mask: MaskLike, rows: int, *, generator: torch.Generator | None = None
 ) -> Bool[Tensor, "rows s"]:
     """Masks `[rows, s]` for pseudo-texts, drawn with replacement from the batch's own texts.
 
@@ -111,6 +113,9 @@ def draw_lengths(
         tensor([[ True,  True, False],
                 [ True,  True, False]])
     """
+    attention_mask = as_mask("attention_mask", attention_mask, attention_mask.shape)
+    if not rows:
+        return attention_mask[:0]
     if not len(attention_mask):
         raise ValueError(
             "pseudo-text lengths are drawn from the batch's texts, and it holds none; "
@@ -120,3 +125,12 @@ def draw_lengths(
         len(attention_mask), (rows,), device=attention_mask.device, generator=generator
     )
     return attention_mask[index]
+
+
+def _checked(logits: Logits, attention_mask: MaskLike, text_process: TextProcess) -> Mask:
+    if logits.shape[-1] != text_process.vocab_size:
+        raise ValueError(
+            f"`logits` must have width text_process.vocab_size = {text_process.vocab_size}, "
+            f"got {list(logits.shape)}"
+        )
+    return as_mask("attention_mask", attention_mask, logits.shape[:2])

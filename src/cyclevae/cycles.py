@@ -90,6 +90,7 @@ def cycle_text_loss(
             ).z_hat(latent_process)
     elif policy.bridge == "detach":
         z_hat = z_hat.detach()
+    _checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
     with _freeze(denoiser, policy.freeze):
         logits = l2t(denoiser, z_hat, mask, text_process=text_process)
     return text_loss(logits, tokens, mask, reduction=reduction, count=count)
@@ -182,7 +183,7 @@ def cycle_latent_loss(
                 temperature=temperature,
                 generator=generator,
             )
-        y_hat, mask = text_process.cut(y_hat, mask)
+    y_hat, mask = text_process.cut(y_hat, mask)
     if noise is None:
         noise = draw_noise(
             len(latents), latent_process, at=latents, like=latents, generator=generator

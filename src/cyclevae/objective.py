@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cyclevae import _checks
+from cyclevae._gate import check_patterns
 from cyclevae._types import Count, Latents, Logits, Number, Scalar
 from cyclevae.base import latent_loss, t2l_loss, text_loss, unconditional_loss
 from cyclevae.batch import Batch, Rows, Texts, arrange, stack_masks
@@ -189,8 +190,14 @@ class _Step:
         self.metrics: dict[str, Tensor] = {}
         if self._runs("text", "latent"):
             self.rows.need_pairs()
-        if self._runs("latent", "cycle_text", "prior"):
+        if self._runs("latent", "cycle_text", "prior", "unconditional"):
             self.rows.need_texts()
+        if self._runs("text", "cycle_latent", "unconditional"):
+            self.rows.need_latents()
+        if self._runs("prior") and len(self.rows.need_texts().tokens) < 2:
+            raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
+        for policy in (self.objective.text_policy, self.objective.latent_policy):
+            check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
         if self._runs("text", "cycle_latent"):
             self._decode()
         if self._runs("latent", "cycle_text", "prior"):
@@ -222,7 +229,6 @@ class _Step:
                 temperature=o.temperature,
                 generator=self.generator,
             )
-            y_hat, mask = o.text_process.cut(y_hat, mask)
             self.losses["cycle_latent_loss"] = cycle_latent_loss(
                 self.denoiser,
                 latents,
@@ -248,7 +254,7 @@ class _Step:
     def _encode(self) -> None:
         """The encoder pass from noise: the base latent loss on paired rows, a bridge for all."""
         o, p, texts = self.objective, self.rows.paired, self.rows.need_texts()
-        shared = self._runs("latent") and o.shares_encoder_pass
+        shared = self._runs("latent") and o.shares_encoder_pass(self.weights)
         bridges = self._runs("cycle_text", "prior")
         if self._runs("latent") and not shared:
             self._base_latent()
@@ -257,7 +263,8 @@ class _Step:
         texts = texts if bridges else texts.first(p)
         noise = self._noise(len(texts.tokens))
         # The prior trains the encoder whatever the cycle's policy freezes or detaches.
-        learns = shared or (self._runs("prior") and not o.text_policy.freeze_bridge)
+        frozen = self._runs("cycle_text") and bool(o.text_policy.freeze_bridge)
+        learns = shared or (self._runs("prior") and not frozen)
         with nullcontext() if learns else bridge_pass(self.denoiser, o.text_policy):
             encoded = self._from_noise(texts, noise)
             z_hat = encoded.z_hat(o.latent_process) if bridges else None
@@ -360,7 +367,8 @@ class _Step:
 
 
 def _mean_norm(latents: Latents) -> Tensor:
-    return latents.flatten(1).float().norm(dim=1).mean()
+    norms: Tensor = latents.flatten(1).float().norm(dim=1)
+    return norms.sum() / max(len(norms), 1)
 
 
 def _moments(z_hat: Latents) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What a step may be told: the weight of each term, the bridges, and who learns."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -61,6 +62,12 @@ class Options:
         _checks.check_choice("prior", self.prior, get_args(Prior))
         _checks.check_choice("bridge", self.bridge, get_args(Bridge))
         _checks.check_positive("temperature", self.temperature)
+        for name in ("prior_mean", "prior_variance"):
+            moment = getattr(self, name)
+            if isinstance(moment, int | float) and not math.isfinite(moment):
+                raise ValueError(f"`{name}` must be finite, got {moment!r}")
+        if isinstance(self.prior_variance, int | float):
+            _checks.check_positive("prior_variance", self.prior_variance)
         for name in ("bridge_time", "base_latent_time"):
             time = getattr(self, name)
             if time is not None and not 0 <= time <= 1:
@@ -92,7 +99,7 @@ class Options:
         """The forward passes of the denoiser at a step."""
         terms = self.weights(step).keys()
         bridges = bool(terms & {"cycle_text", "prior"})
-        own_base = "latent" in terms and not (bridges and self.shares_encoder_pass)
+        own_base = "latent" in terms and not (bridges and self.shares_encoder_pass(terms))
         own_prior = {"cycle_text", "prior"} <= terms and bool(self.text_policy.freeze_bridge)
         decodes = bool(terms & {"text", "cycle_latent"})
         alone = len(terms & {"unconditional", "cycle_text", "cycle_latent"})
@@ -126,9 +133,8 @@ class Options:
                 parts[name] = torch.tensor(options[name])
         return load(cls, options, **parts)
 
-    @property
-    def shares_encoder_pass(self) -> bool:
+    def shares_encoder_pass(self, terms: Collection[str]) -> bool:
         """Whether the base encoder loss reads the pass that makes the bridge."""
         # Below full noise the base pass has seen the true latent and must not become a bridge.
         full_noise = self.base_latent_time == self.bridge_time == 1.0
-        return full_noise and not self.text_policy.freeze_bridge
+        return full_noise and not ("cycle_text" in terms and self.text_policy.freeze_bridge)

@@ -58,15 +58,18 @@ class T2L(NamedTuple):
         z_t: the noised latents it saw.
         noise: the noise in them.
         time: their time `[b]`.
+        stated_time: the time as it was given; a number is checked where tensors are not read.
     """
 
     prediction: Latents
     z_t: Latents
     noise: Latents
     time: Time
+    stated_time: Number | Time
 
     def z_hat(self, latent_process: LatentProcess) -> Latents:
         """The clean latents this pass means; refused where the gain is above `max_gain`."""
+        latent_process.refuse_ill_conditioned(self.stated_time)
         return latent_process.to_x0(self.prediction, self.z_t, self.time)
 
 
@@ -125,6 +128,7 @@ def t2l(
     if latents is not None:
         _checks.check_latents("latents", latents, latent_process.shape)
         _checks.check_rows("latents", latents, "tokens", tokens)
+    stated_time = time
     time = _checks.as_time("time", time, tokens if latents is None else latents)
     if noise is None:
         noise = draw_noise(
@@ -142,7 +146,7 @@ def t2l(
         attention_mask=mask,
         need="latents",
     )
-    return T2L(need_latents(output, z_t), z_t, noise, time)
+    return T2L(need_latents(output, z_t), z_t, noise, time, stated_time)
 
 
 class Joint(NamedTuple):
@@ -213,6 +217,8 @@ def joint(
         >>> bool((out.masked == mask).all())
         True
     """
+    _checks.check_row_mask("has_text", has_text, tokens)
+    _checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:  # whatever stands there, be it NaN
         latents = only_present(latents, has_latent)
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)

@@ -135,10 +135,8 @@ def _standard_form(
     x = rearrange(z if z.dtype == torch.float64 else z.float(), "b ... -> b (...)")
     if mean is not None:
         x = x - _per_dimension("mean", mean, z, x)
-    variances = _per_dimension("variance", variance, z, x)
-    if _checks.reads_values(variances) and not bool((variances > 0).all()):
-        raise ValueError("`variance` must be above 0 in every dimension")
-    return x, variances
+    _checks.check_variance("variance", variance, z.shape[1:])
+    return x, _per_dimension("variance", variance, z, x)
 
 
 def _per_dimension(name: str, moment: Moment, z: Tensor, x: Tensor) -> Tensor:

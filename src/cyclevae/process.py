@@ -126,7 +126,9 @@ class TextProcess:
         Returns:
             The noised tokens `[b, s]`, and which of them were masked.
         """
-        draw = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+        draw = torch.rand(
+            tokens.shape, dtype=torch.float32, device=tokens.device, generator=generator
+        )
         masked = attention_mask & (draw < rate[:, None])
         return self.pad(tokens, attention_mask).masked_fill(masked, self.mask_id), masked
 
@@ -185,9 +187,10 @@ def convert(
     """
     _checks.check_choice("source", source, get_args(Prediction))
     _checks.check_choice("target", target, get_args(Prediction))
+    _checks.check_same_shape("value", value, "z_t", z_t)
+    value, z_t = _fp32(value), _fp32(z_t)
     if source == target:
         return value
-    value, z_t = (x if x.dtype == torch.float64 else x.float() for x in (value, z_t))
     alpha, sigma = _rowwise(value, alpha, sigma)
     match source, target:
         case "epsilon", "x0":
@@ -236,7 +239,7 @@ class LatentProcess:
     prediction: Prediction = "v"
     max_gain: Number = 10.0
     shape: tuple[int, ...] | None = None
-    _tables: dict[torch.device, Tensor] = field(
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -245,8 +248,23 @@ class LatentProcess:
             _checks.check_choice("schedule", self.schedule, get_args(LatentSchedule))
         _checks.check_choice("prediction", self.prediction, get_args(Prediction))
         _checks.check_positive("max_gain", self.max_gain)
-        if isinstance(self.schedule, str) and self.schedule != "continuous_cosine":
-            self._tables[torch.device("cpu")] = _discrete_alpha_bar(self.schedule)
+        if self.shape is not None:
+            shape = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
+            if len(shape) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(f"`shape` must be (d,) or (n, d), got {self.shape!r}")
+            object.__setattr__(self, "shape", shape)
+        if callable(self.schedule):
+            alpha, sigma = self.schedule(torch.linspace(0, 1, 5))
+            if self.prediction == "v" and not torch.allclose(
+                alpha**2 + sigma**2, torch.ones(5), atol=1e-3
+            ):
+                raise ValueError(
+                    "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 must "
+                    f"be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; predict "
+                    "`x0` or `epsilon`"
+                )
+        elif self.schedule != "continuous_cosine":
+            self.alpha_sigma(torch.zeros(1, device="cpu"))  # so that no table is made while tracing
 
     def alpha_sigma(self, time: Time) -> tuple[Time, Time]:
         """Signal and noise amplitudes at a time, `[b]` each, fp32 or better.
@@ -260,9 +278,13 @@ class LatentProcess:
         if self.schedule == "continuous_cosine":
             quarter = math.pi / 2
             return torch.sin(quarter * (1 - time)), torch.sin(quarter * time)
-        alpha_bar = self._alpha_bar(time.device)
-        at_time = alpha_bar[(time * (len(alpha_bar) - 1)).long()]
-        return at_time.sqrt().to(time.dtype), (1 - at_time).sqrt().to(time.dtype)
+        key = time.device, time.dtype
+        if key not in self._tables:  # float64 ends on the CPU: some devices have none
+            alpha_bar = _discrete_alpha_bar(self.schedule)
+            table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
+            self._tables[key] = table.to(time.dtype).to(time.device)
+        alpha, sigma = self._tables[key][:, (time * 999).long()]
+        return alpha, sigma
 
     def gain(self, time: Time) -> Time:
         """`sigma / alpha` `[b]`, by which x0-from-epsilon multiplies the prediction's error."""
@@ -279,9 +301,9 @@ class LatentProcess:
         _checks.check_same_shape("noise", noise, "latents", latents)
         match self.prediction:
             case "epsilon":
-                return noise
+                return _fp32(noise)
             case "x0":
-                return latents
+                return _fp32(latents)
             case "v":
                 alpha, sigma = _rowwise(latents, *self.alpha_sigma(time))
                 return alpha * noise - sigma * latents
@@ -323,23 +345,18 @@ class LatentProcess:
                 "under no_grad, the last one differentiable"
             )
 
-    def _alpha_bar(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
-
 
 def _discrete_alpha_bar(schedule: str, steps: int = 1000) -> Tensor:
     low, high = 1e-4, 0.02
     match schedule:
         case "cosine":
-            grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
             alpha_bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
             betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(1e-4, 0.9999)
         case "linear":
-            betas = torch.linspace(low, high, steps, dtype=torch.float64)
+            betas = torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")
         case _:
-            logistic = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64))
+            logistic = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid()
             betas = logistic * (high - low) + low
     return torch.cumprod(1 - betas, dim=0)
 
@@ -354,9 +371,13 @@ def stratified_times(
 
     Reference: variational diffusion models, https://arxiv.org/abs/2107.00630, appendix I.
     """
-    jitter = torch.rand(1, device=device, generator=generator)
+    jitter = torch.rand(1, dtype=torch.float32, device=device, generator=generator)
     order = torch.randperm(rows, device=device, generator=generator)
-    return 1 - (order + jitter) / max(rows, 1)
+    return (1 - (order + jitter) / max(rows, 1)).clamp(min=1e-7)
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _rowwise(like: Tensor, *scales: Tensor) -> Iterable[Tensor]:
