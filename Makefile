@@ -34,7 +34,8 @@ clean:
 	rm -rf .venv build dist site
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyclevae needs Python 3.11 or newer, got %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "this Python has no venv module: install it (Debian: apt install python3-venv)"; exit 1; }
 
 .venv/%: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing cyclevae[$(EXTRAS_$*)] into .venv (once) ..."

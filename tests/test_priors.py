@@ -373,7 +373,7 @@ def test_too_few_samples(prior, rows):
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, torch.tensor([1.0, 0.0, 1.0])])
 def test_variance_must_be_positive(prior, bad):
     with pytest.raises(
-        ValueError, match="`variance` must be .*above 0|`variance` must be a finite number"
+        ValueError, match=r"`variance` must be .*above 0|`variance` must be a finite number"
     ):
         prior(torch.zeros(3, 3), variance=bad)
 

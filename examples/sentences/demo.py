@@ -38,7 +38,10 @@ def main() -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        print("\nstopped before the first result; nothing was written")
+        kept = options.output / "summary.json"
+        print(
+            f"\nstopped; {f'what was finished is in {kept}' if kept.exists() else 'no result yet'}"
+        )
         return 130
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(2)  # fixed, because sums in another order differ in their last digits
     out: Path = options.output
     out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("*.safetensors"), out / "summary.json", out / "curves.png"):
+        stale.unlink(missing_ok=True)  # an old checkpoint must not lie beside a new normaliser
     log = out / "metrics.jsonl"
     log.write_text("")
     config = Config(seed=options.seed, steps=options.steps, evaluate_every=options.steps // 15)
@@ -82,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         f"partner; {len(data.validation)} to choose checkpoints, {len(data.test)} to test; "
         f"{len(data.vocabulary):,} word pieces"
     )
-    _save_contract(out, data, config, options)
+    _save_contract(out, data, config, options, cycle)
 
     denoisers: dict[str, cv.Denoiser] = {}
     summary: dict[str, dict[str, float]] = {}
@@ -104,6 +109,10 @@ def run(options: argparse.Namespace) -> int:
             _write(out / "summary.json", json.dumps(summary, indent=2))
         if result.interrupted:
             break
+        if not result.weights:
+            raise DemoError(
+                f"run {name!r} diverged: every validation score is NaN; lower the learning rate"
+            )
         print(f"{name:>7}: best at step {result.best_step}, {time.perf_counter() - began:.0f} s")
     if not finished:
         raise KeyboardInterrupt
@@ -133,11 +142,23 @@ def _network(kind: str, data: Sentences) -> nn.Module:
     return MMDiTDenoiser(len(data.vocabulary), 64, length=length)
 
 
-def _save_contract(out: Path, data: Sentences, config: Config, options: argparse.Namespace) -> None:
+def _save_contract(
+    out: Path,
+    data: Sentences,
+    config: Config,
+    options: argparse.Namespace,
+    objective: cv.CycleObjective,
+) -> None:
     """What a checkpoint needs to be used: ids, latent statistics (`normaliser.undo`), settings."""
     data.normaliser.save(out / "normaliser.safetensors")
     _write(out / "vocabulary.json", json.dumps(list(data.vocabulary.pieces)))
-    settings = {"model": options.model, "quick": options.quick, **asdict(config)}
+    settings = {
+        "model": options.model,
+        "length": data.train.tokens.shape[1],
+        "quick": options.quick,
+        "training": asdict(config),
+        "objective": objective.to_config(),
+    }
     _write(out / "config.json", json.dumps(settings, indent=2))
 
 
@@ -153,12 +174,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("joint", "mmdit"), default="joint")
     parser.add_argument("--quick", action="store_true", help="a small part of the data, 90 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of each run (default 750; quick: 64)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--steps", type=int, help="of each run (default 600; quick: 64)")
+    parser.add_argument("--output", type=Path, help="default runs/demo (quick: runs/quick)")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
     options = parser.parse_args()
+    options.output = options.output or Path("runs/quick" if options.quick else "runs/demo")
     if options.steps is None:
-        options.steps = 64 if options.quick else 750
+        options.steps = 64 if options.quick else 600
     if options.steps < 15:
         parser.error(f"--steps must be at least 15, got {options.steps}")
     return options

@@ -21,8 +21,8 @@ ROWS = {
     "t2l_cosine": ("T2L cosine", "high", ".3f"),
     "t2l_r1": ("T2L retrieval R@1 of {pool}", "high", ".3f"),
     "t2l_r10": ("T2L retrieval R@10 of {pool}", "high", ".3f"),
-    "text_cycle_accuracy": ("L2T accuracy on predicted latents", "high", ".3f"),
-    "latent_cycle_mse": ("latent cycle mean squared error", "low", ".3f"),
+    "text_cycle_accuracy": ("text cycle: L2T accuracy on T2L's latents", "high", ".3f"),
+    "latent_cycle_mse": ("latent cycle: T2L error on L2T's texts", "low", ".3f"),
     "best_step": ("best validation step", "", ".0f"),
 }
 

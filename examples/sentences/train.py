@@ -20,13 +20,13 @@ import cyclevae as cv
 class Config:
     """What all runs of a table share."""
 
-    steps: int = 750
+    steps: int = 600
     batch: int = 16
     unpaired: int = 24
     learning_rate: float = 4e-3
     weight_decay: float = 0.3
     ema: float = 0.99
-    evaluate_every: int = 60
+    evaluate_every: int = 40
     seed: int = 0
 
 
