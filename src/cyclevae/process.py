@@ -260,8 +260,8 @@ class LatentProcess:
             ):
                 raise ValueError(
                     "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 must "
-                    f"be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; predict "
-                    "`x0` or `epsilon`"
+                    f"be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; "
+                    "predict `x0` or `epsilon`"
                 )
         elif self.schedule != "continuous_cosine":
             self.alpha_sigma(torch.zeros(1, device="cpu"))  # so that no table is made while tracing
