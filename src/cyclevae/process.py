@@ -259,8 +259,8 @@ class LatentProcess:
                 alpha**2 + sigma**2, torch.ones(5), atol=1e-3
             ):
                 raise ValueError(
-                    "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 must "
-                    f"be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; "
+                    "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 "
+                    f"must be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; "
                     "predict `x0` or `epsilon`"
                 )
         elif self.schedule != "continuous_cosine":
