@@ -95,6 +95,13 @@ class CycleObjective(Options):
         For gradients that depend neither on the number of ranks nor on the accumulation steps, sum
         these over both, divide by the number of ranks (DDP averages gradients), and give them to
         the objective.
+
+        Examples:
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> _, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(text_process, latent_process)
+            >>> objective.counts(toy_batch(seed=0))["latent_loss"]  # 3 pairs of 4 dimensions
+            tensor(12.)
         """
         rows = arrange(batch, self.text_process, self.latent_process)
         like = next((part for part in batch if part is not None), torch.zeros(0))

@@ -83,7 +83,18 @@ class Options:
             self.latent_process.refuse_ill_conditioned(self.bridge_time)
 
     def weights(self, step: int) -> dict[str, Number]:
-        """The terms that run at a step and what they weigh; the same on every rank."""
+        """The terms that run at a step and what they weigh; the same on every rank.
+
+        Examples:
+            >>> from cyclevae import CycleObjective, ramp
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> _, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(
+            ...     text_process, latent_process, cycle_text_weight=ramp(2.0, warmup_steps=10)
+            ... )
+            >>> "cycle_text" in objective.weights(9), "cycle_text" in objective.weights(10)
+            (False, True)
+        """
         weights = {}
         for term in TERMS:
             weight = getattr(self, f"{term}_weight")
@@ -96,7 +107,16 @@ class Options:
         return weights
 
     def passes(self, step: int) -> int:
-        """The forward passes of the denoiser at a step."""
+        """The forward passes of the denoiser at a step.
+
+        Examples:
+            >>> from cyclevae import CycleObjective, ramp
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> _, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(text_process, latent_process)
+            >>> objective.passes(step=0)  # base and cycles share four, the unconditional has one
+            5
+        """
         terms = self.weights(step).keys()
         bridges = bool(terms & {"cycle_text", "prior"})
         own_base = "latent" in terms and not (bridges and self.shares_encoder_pass(terms))
@@ -110,6 +130,14 @@ class Options:
 
         Raises:
             ValueError: an option that is a function of one's own.
+
+        Examples:
+            >>> from cyclevae import CycleObjective, ramp
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> _, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(text_process, latent_process)
+            >>> objective.to_config()["bridge"]
+            'argmax'
         """
         return {"version": CONFIG_VERSION, **dump(self)}
 
@@ -119,6 +147,14 @@ class Options:
 
         Raises:
             ValueError: an unknown key, with the nearest name, or another version.
+
+        Examples:
+            >>> from cyclevae import CycleObjective, ramp
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> _, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(text_process, latent_process)
+            >>> CycleObjective.from_config(objective.to_config()) == objective
+            True
         """
         options = dict(config)
         version = options.pop("version", CONFIG_VERSION)

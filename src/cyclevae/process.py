@@ -70,6 +70,15 @@ class TextProcess:
 
         Raises:
             ValueError: the tokenizer has no mask token.
+
+        Examples:
+            >>> class Tokenizer:  # such as transformers' AutoTokenizer gives
+            ...     mask_token_id, pad_token_id, cls_token_id, sep_token_id = 4, 0, 2, 3
+            ...     all_special_ids = [0, 1, 2, 3, 4]
+            ...     def __len__(self):
+            ...         return 100
+            >>> TextProcess.from_tokenizer(Tokenizer()).forbidden_ids
+            (0, 1, 2, 3, 4)
         """
         mask_id = getattr(tokenizer, "mask_token_id", None)
         if mask_id is None:
@@ -313,6 +322,13 @@ class LatentProcess:
 
         Raises:
             ValueError: an epsilon prediction where `gain` is above `max_gain`.
+
+        Examples:
+            >>> process, time = LatentProcess(prediction="v"), torch.tensor([0.5])
+            >>> z, noise = torch.ones(1, 2), torch.zeros(1, 2)
+            >>> v, z_t = process.target(z, noise, time), process.noised(z, noise, time)
+            >>> process.to_x0(v, z_t, time).round(decimals=3)
+            tensor([[1., 1.]])
         """
         _checks.check_same_shape("prediction", prediction, "z_t", z_t)
         self.refuse_ill_conditioned(time)
