@@ -27,6 +27,7 @@ LAYERS = (
     {"batch", "base"},
     {"cycles"},
     {"options"},
+    {"_step"},
     {"objective"},
     {"__init__"},
     {"testing", "adapters"},

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Rows of text: ids `[b, s]` and a bool mask."""
+    """Arranged of text: ids `[b, s]` and a bool mask."""
 
     tokens: Tokens
     mask: Mask
@@ -56,7 +56,7 @@ class Texts(NamedTuple):
         return Texts(self.tokens[:rows], self.mask[:rows])
 
 
-class Rows(NamedTuple):
+class Arranged(NamedTuple):
     """A checked batch per direction: paired rows first, then unpaired ones.
 
     Attributes:
@@ -103,7 +103,7 @@ class Rows(NamedTuple):
         return drawn if texts is None else stack_masks(texts.mask[: self.paired], drawn)
 
 
-def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProcess) -> Rows:
+def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProcess) -> Arranged:
     """Check a batch and concatenate its rows per direction.
 
     Raises:
@@ -141,7 +141,7 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         pseudo_text_mask = _checks.as_mask(
             "batch.pseudo_text_mask", pseudo_text_mask, pseudo_text_mask.shape
         )
-    return Rows(
+    return Arranged(
         paired=0 if batch.tokens is None else len(batch.tokens),
         texts=_stack_texts([part for part in parts if part is not None], text_process),
         latents=_stack_latents(batch.latents, batch.unpaired_latents),
