@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Arranged of text: ids `[b, s]` and a bool mask."""
+    """Rows of text: ids `[b, s]` and a bool mask."""
 
     tokens: Tokens
     mask: Mask
