@@ -340,6 +340,7 @@ def test_the_announced_passes_are_those_that_run(toy, freeze_bridge, base_latent
         ({"unpaired_attention_mask": None}, "padding must never count"),
         ({"unpaired_tokens": None}, "came without `batch.unpaired_tokens`"),
         ({"unpaired_latents": torch.zeros(3, 5)}, r"shape \[b, 4\]"),
+        ({"latents": torch.zeros(3, 4, device="meta")}, "is on meta and `batch.tokens` on cpu"),
     ],
 )
 def test_an_incomplete_batch_is_refused_before_any_pass(toy, part, message):

@@ -118,6 +118,7 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
             f"`batch.{given}` came without `batch.{missing}`: pairs need both; "
             f"put rows without a partner into `batch.unpaired_{given}`"
         )
+    _check_devices(batch)
     vocab_size, shape = text_process.vocab_size, latent_process.shape
     parts = [
         _texts("", batch.tokens, batch.attention_mask, vocab_size),
@@ -147,6 +148,17 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         latents=_stack_latents(batch.latents, batch.unpaired_latents),
         pseudo_text_mask=pseudo_text_mask,
     )
+
+
+def _check_devices(batch: Batch) -> None:
+    devices = {name: part.device for name, part in batch._asdict().items() if part is not None}
+    for name, device in devices.items():
+        first = next(iter(devices))
+        if device != devices[first]:
+            raise ValueError(
+                f"`batch.{name}` is on {device} and `batch.{first}` on {devices[first]}; "
+                "move the whole batch to one device"
+            )
 
 
 def stack_masks(*masks: Bool[Tensor, "_ _"]) -> Mask:
