@@ -46,7 +46,7 @@ def sentences_table(
     denoisers: Mapping[str, cv.Denoiser], data: Sentences, text_process: cv.TextProcess
 ) -> str:
     """Five held-out sentences decoded from their latents; their lengths are given."""
-    test, lines = data.test, ["held-out sentences, decoded from their latents"]
+    test, lines = data.test, ["held-out sentences, decoded from their latents and lengths"]
     lengths = test.attention_mask.sum(dim=1)
     plain = ~(test.tokens == UNK).any(dim=1) & (lengths >= 7) & (lengths <= 14)
     rows = plain.nonzero().flatten()[:5]

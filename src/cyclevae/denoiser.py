@@ -12,7 +12,7 @@ from cyclevae._types import Latents, Logits, MaskLike, Need, Time, Tokens
 class Denoised(NamedTuple):
     """What one forward of a denoiser returns; only what was not asked for may be None.
 
-    A named tuple, because DDP and FSDP2 find tensors in tuples and overlook those in a dataclass.
+    A named tuple, because FSDP2 finds tensors in tuples and overlooks those in a dataclass.
 
     Attributes:
         logits: `[b, s, v]`.
