@@ -24,7 +24,7 @@ from cyclevae._types import (
 )
 from cyclevae.denoiser import Denoiser
 from cyclevae.passes import joint, l2t, only_present, t2l
-from cyclevae.process import LatentProcess, TextProcess, stratified_times
+from cyclevae.process import LatentProcess, TextProcess, fp32, stratified_times
 
 
 def text_loss(
@@ -102,7 +102,7 @@ def latent_loss(
     """
     _checks.check_same_shape("prediction", prediction, "target", target)
     _checks.check_variance("variance", variance, prediction.shape[1:])
-    error = _fp32(prediction) - _fp32(target)
+    error = fp32(prediction) - fp32(target)
     return reduce_latents(error.square(), reduction=reduction, variance=variance, count=count)
 
 
@@ -295,7 +295,7 @@ def unconditional_loss(
     )
     rows = present if has_latent is None else has_latent
     target = latent_process.target(latents, out.noise, out.latent_time)
-    squared = (_fp32(out.latent_prediction) - _fp32(target)).square()
+    squared = (fp32(out.latent_prediction) - fp32(target)).square()
     squared = only_present(squared, rows)
     if latent_count is None:
         latent_count = rows.sum() * squared[:1].numel()
@@ -306,12 +306,8 @@ def _token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b
     ignored = -100
     labels = tokens.long().masked_fill(~mask, ignored)
     # An ignored row still has the gradient 0 * softmax, which is NaN where its logits are.
-    logits = _fp32(logits).masked_fill(~mask[..., None], 0.0)
+    logits = fp32(logits).masked_fill(~mask[..., None], 0.0)
     nll = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
     )
     return nll.view_as(labels)
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -242,7 +242,7 @@ def joint(
     noisy_tokens, masked = text_process.mask(tokens, mask, text_time, generator=generator)
     z_t = latent_process.noised(latents, noise, latent_time)
     if has_latent is not None:
-        z_t = torch.where(has_latent.view(-1, *[1] * (z_t.ndim - 1)), z_t, noise)
+        z_t = only_present(z_t, has_latent, noise)
     output = denoiser.denoise(
         noisy_tokens,
         z_t,
@@ -261,9 +261,9 @@ def joint(
     )
 
 
-def only_present(values: Tensor, rows: Rows) -> Tensor:
-    """Values of the rows that have them; zeros, without a gradient, elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+def only_present(values: Tensor, rows: Rows, otherwise: float | Tensor = 0.0) -> Tensor:
+    """Values of the rows that have them; others, without a gradient to the values, elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, otherwise)
 
 
 def draw_noise(

@@ -18,6 +18,7 @@ from torch import Tensor
 from cyclevae import _checks
 from cyclevae._types import Estimator, Latents, Number, Scalar
 from cyclevae.kernels import gaussian_gram, gaussian_mean, gaussian_self
+from cyclevae.process import fp32
 
 Moment = Number | Float[Tensor, "..."]
 
@@ -132,7 +133,7 @@ def _standard_form(
             f"`z` needs at least 2 samples for batch statistics, got shape {list(z.shape)}; "
             "raise the batch size or give the term weight 0"
         )
-    x = rearrange(z if z.dtype == torch.float64 else z.float(), "b ... -> b (...)")
+    x = rearrange(fp32(z), "b ... -> b (...)")
     if mean is not None:
         x = x - _per_dimension("mean", mean, z, x)
     _checks.check_variance("variance", variance, z.shape[1:])

@@ -197,7 +197,7 @@ def convert(
     _checks.check_choice("source", source, get_args(Prediction))
     _checks.check_choice("target", target, get_args(Prediction))
     _checks.check_same_shape("value", value, "z_t", z_t)
-    value, z_t = _fp32(value), _fp32(z_t)
+    value, z_t = fp32(value), fp32(z_t)
     if source == target:
         return value
     alpha, sigma = _rowwise(value, alpha, sigma)
@@ -310,9 +310,9 @@ class LatentProcess:
         _checks.check_same_shape("noise", noise, "latents", latents)
         match self.prediction:
             case "epsilon":
-                return _fp32(noise)
+                return fp32(noise)
             case "x0":
-                return _fp32(latents)
+                return fp32(latents)
             case "v":
                 alpha, sigma = _rowwise(latents, *self.alpha_sigma(time))
                 return alpha * noise - sigma * latents
@@ -392,7 +392,8 @@ def stratified_times(
     return (1 - (order + jitter) / max(rows, 1)).clamp(min=1e-7)
 
 
-def _fp32(tensor: Tensor) -> Tensor:
+def fp32(tensor: Tensor) -> Tensor:
+    """A tensor in fp32 or better."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
