@@ -174,13 +174,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("joint", "mmdit"), default="joint")
     parser.add_argument("--quick", action="store_true", help="a small part of the data, 90 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of each run (default 600; quick: 64)")
+    parser.add_argument("--steps", type=int, help="of each run (default 600; quick: 45)")
     parser.add_argument("--output", type=Path, help="default runs/demo (quick: runs/quick)")
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
     options = parser.parse_args()
     options.output = options.output or Path("runs/quick" if options.quick else "runs/demo")
     if options.steps is None:
-        options.steps = 64 if options.quick else 600
+        options.steps = 45 if options.quick else 600
     if options.steps < 15:
         parser.error(f"--steps must be at least 15, got {options.steps}")
     return options
