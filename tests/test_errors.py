@@ -11,7 +11,7 @@ import torch
 
 import cyclevae as cv
 from cyclevae import _checks
-from cyclevae.process import LatentProcess
+from cyclevae.latent_process import LatentProcess
 from cyclevae.testing import toy_batch, toy_denoiser
 from oracles import Spy
 

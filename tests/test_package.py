@@ -20,11 +20,12 @@ CORE = {"torch", "einops", "jaxtyping"}
 # From the bottom up; a file may import from the layers below its own, and from nothing else here.
 LAYERS = (
     {"_types", "_gate"},
-    {"_checks"},
-    {"_reduce", "_config"},
-    {"process", "denoiser", "gradient_policy", "schedules", "kernels"},
-    {"bridges", "passes", "priors"},
-    {"batch", "base"},
+    {"_checks", "_precision"},
+    {"_reduce", "_config", "schedules", "kernels", "pool"},
+    {"text_process", "latent_process", "times", "denoiser", "gradient_policy", "teacher"},
+    {"bridges", "passes"},
+    {"batch", "base", "unmasking", "rloo", "latent_bridges", "contrastive"},
+    {"text_marginal", "priors"},
     {"cycles"},
     {"options"},
     {"_step"},
@@ -118,10 +119,10 @@ def test_every_layer_exists():
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("process", "from cyclevae.objective import StepModule", ["objective"]),
-        ("process", "import cyclevae.cycles", ["cycles"]),
-        ("process", "def f():\n    from cyclevae import denoiser", ["denoiser"]),
-        ("process", "from cyclevae import TextProcess", ["__init__"]),
+        ("text_process", "from cyclevae.objective import StepModule", ["objective"]),
+        ("text_process", "import cyclevae.cycles", ["cycles"]),
+        ("text_process", "def f():\n    from cyclevae import denoiser", ["denoiser"]),
+        ("text_process", "from cyclevae import TextProcess", ["__init__"]),
         ("objective", "import cyclevae.testing as t", ["testing"]),
         ("objective", "from cyclevae.adapters.latentdlm import with_cycle", ["adapters"]),
         ("objective", "import numpy as np, math", ["numpy"]),

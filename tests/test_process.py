@@ -12,7 +12,8 @@ from scipy import stats
 
 import cyclevae as cv
 import oracles
-from cyclevae.process import noise_latents, stratified_times
+from cyclevae.latent_process import noise_latents
+from cyclevae.times import stratified_times
 from strategies import latents, masks, quick, seeds
 
 PREDICTIONS = ("epsilon", "x0", "v")

@@ -21,6 +21,8 @@ from cyclevae.denoiser import as_denoiser as as_denoiser
 from cyclevae.gradient_policy import GradientPolicy as GradientPolicy
 from cyclevae.gradient_policy import detach as detach
 from cyclevae.gradient_policy import freeze as freeze
+from cyclevae.latent_process import LatentProcess as LatentProcess
+from cyclevae.latent_process import convert as convert
 from cyclevae.objective import CycleObjective as CycleObjective
 from cyclevae.objective import StepModule as StepModule
 from cyclevae.objective import StepOutput as StepOutput
@@ -29,9 +31,7 @@ from cyclevae.passes import l2t as l2t
 from cyclevae.passes import t2l as t2l
 from cyclevae.priors import mmd_prior as mmd_prior
 from cyclevae.priors import moment_prior as moment_prior
-from cyclevae.process import LatentProcess as LatentProcess
-from cyclevae.process import TextProcess as TextProcess
-from cyclevae.process import convert as convert
 from cyclevae.schedules import ramp as ramp
+from cyclevae.text_process import TextProcess as TextProcess
 
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ from cyclevae.gradient_policy import detach
 from cyclevae.options import Options
 from cyclevae.passes import T2L, draw_noise, l2t, t2l
 from cyclevae.priors import mmd_prior, moment_prior
-from cyclevae.process import stratified_times
+from cyclevae.times import stratified_times
 
 
 @dataclass

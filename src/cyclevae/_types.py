@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 Tokens = Integer[Tensor, "b s"]
+RelaxedTokens = Float[Tensor, "b s v"]  # one-hot rows that carry a gradient, or mixtures
+AnyTokens = Tokens | RelaxedTokens
 Mask = Bool[Tensor, "b s"]
 MaskLike = Shaped[Tensor, "b s"]  # True = keep; integers and 0/1 floats are made bool at the door
 Logits = Float[Tensor, "b s v"]

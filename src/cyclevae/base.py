@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae import _checks
+from cyclevae._precision import fp32
 from cyclevae._reduce import reduce_latents, reduce_text
 from cyclevae._types import (
     Count,
@@ -23,8 +24,10 @@ from cyclevae._types import (
     Tokens,
 )
 from cyclevae.denoiser import Denoiser
+from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import joint, l2t, only_present, t2l
-from cyclevae.process import LatentProcess, TextProcess, fp32, stratified_times
+from cyclevae.text_process import TextProcess
+from cyclevae.times import stratified_times
 
 
 def text_loss(

@@ -10,7 +10,8 @@ from torch import Tensor
 from cyclevae import _checks
 from cyclevae._types import Latents, Mask, MaskLike, Tokens
 from cyclevae.bridges import draw_lengths
-from cyclevae.process import LatentProcess, TextProcess
+from cyclevae.latent_process import LatentProcess
+from cyclevae.text_process import TextProcess
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cyclevae._checks import as_mask, check_choice, check_positive
 from cyclevae._types import Logits, Mask, MaskLike, Number, Tokens
-from cyclevae.process import TextProcess
+from cyclevae.text_process import TextProcess
 
 Bridge = Literal["argmax", "categorical"]
 

@@ -11,8 +11,9 @@ from cyclevae.base import latent_loss, text_loss
 from cyclevae.bridges import Bridge, pseudo_text
 from cyclevae.denoiser import Denoiser
 from cyclevae.gradient_policy import GradientPolicy, detach, freeze
+from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import draw_noise, l2t, t2l
-from cyclevae.process import LatentProcess, TextProcess
+from cyclevae.text_process import TextProcess
 
 STOP_GRADIENT = GradientPolicy()
 

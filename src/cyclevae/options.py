@@ -13,9 +13,10 @@ from cyclevae._types import Number, Schedule
 from cyclevae.bridges import Bridge
 from cyclevae.cycles import STOP_GRADIENT
 from cyclevae.gradient_policy import GradientPolicy
-from cyclevae.priors import Moment
-from cyclevae.process import LatentProcess, TextProcess
+from cyclevae.latent_process import LatentProcess
+from cyclevae.priors._samples import Moment
 from cyclevae.schedules import Ramp
+from cyclevae.text_process import TextProcess
 
 Weight = Number | Ramp | Schedule
 Prior = Literal["moment", "mmd"]

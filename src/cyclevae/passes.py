@@ -8,7 +8,9 @@ from torch import Tensor
 from cyclevae import _checks
 from cyclevae._types import Latents, Logits, MaskLike, Number, Rows, Time, Tokens
 from cyclevae.denoiser import Denoiser, need_latents, need_logits
-from cyclevae.process import LatentProcess, TextProcess, stratified_times
+from cyclevae.latent_process import LatentProcess
+from cyclevae.text_process import TextProcess
+from cyclevae.times import stratified_times
 
 
 def l2t(

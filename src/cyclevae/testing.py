@@ -19,7 +19,8 @@ from cyclevae.denoiser import (
     need_logits,
 )
 from cyclevae.gradient_policy import refuse_reentrant
-from cyclevae.process import LatentProcess, TextProcess
+from cyclevae.latent_process import LatentProcess
+from cyclevae.text_process import TextProcess
 
 
 def assert_frozen(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> None:
