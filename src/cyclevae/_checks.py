@@ -63,7 +63,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_nonnegative(name: str, value: Number) -> None:
     """Refuse a weight or an amount that is negative, NaN or infinite."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}")
 
 
@@ -87,6 +87,18 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
                 f"`{name}` must hold ids in [0, {vocab_size}), got ids from {low} to {high}; "
                 "does the tokenizer match `text_process.vocab_size`?"
             )
+
+
+def check_any_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """A text is ids `[b, s]`, or relaxed: finite floats `[b, s, v]` over the vocabulary."""
+    if not (tokens.is_floating_point() and tokens.ndim == 3):
+        return check_tokens(name, tokens, vocab_size)
+    if tokens.shape[-1] != vocab_size:
+        raise ValueError(
+            f"`{name}` must be token ids [b, s], or a relaxed text [b, s, v] over "
+            f"text_process.vocab_size = {vocab_size} ids, got {_describe(tokens)}"
+        )
+    check_finite(name, tokens, "has training diverged?")
 
 
 def as_mask(name: str, mask: Tensor, shape: Sequence[int]) -> Tensor:

@@ -32,27 +32,25 @@ def reduce_text(
 
 
 def reduce_latents(
-    squared_error: Float[Tensor, "b *n d"],
+    error: Float[Tensor, " b *n"],
     *,
     reduction: Reduction,
     variance: Number | Tensor = 1.0,
     count: Count | None = None,
 ) -> Float[Tensor, "..."]:
-    """Reduce squared errors; no row at all gives 0 with a graph.
+    """Reduce errors per element or per vector; no row at all gives 0 with a graph.
 
-    `mean` divides by the elements, or by `count`; `nats` is half the squared error over `variance`,
-    summed over dimensions, averaged over rows, or divided by `count` rows.
+    `mean` divides by their number, or by `count`; `nats` is half the (squared) error over
+    `variance`, summed over dimensions, averaged over rows, or divided by `count` rows.
     """
     check_choice("reduction", reduction, get_args(Reduction))
     if reduction == "none":
-        return squared_error
+        return error
     if reduction == "mean":
-        return squared_error.sum() / _at_least_one(
-            squared_error.numel() if count is None else count
-        )
+        return error.sum() / _at_least_one(error.numel() if count is None else count)
     if reduction == "nats":
-        squared_error = squared_error / (2 * variance)
-    return squared_error.sum() / _divisor(reduction, len(squared_error), count)
+        error = error / (2 * variance)
+    return error.sum() / _divisor(reduction, len(error), count)
 
 
 def _divisor(reduction: Reduction, rows: int, count: Count | None) -> Count:
