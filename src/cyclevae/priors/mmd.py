@@ -1,67 +1,193 @@
-"""Maximum mean discrepancy to a Gaussian."""
+"""Maximum mean discrepancy to a Gaussian, or to latents of reference."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._precision import no_autocast
-from cyclevae._types import Estimator, Latents, Number, Scalar
-from cyclevae.kernels import gaussian_gram, gaussian_mean, gaussian_self
+from cyclevae._precision import fp32, no_autocast
+from cyclevae._types import Latents, Number, Scalar
+from cyclevae.kernels import gaussian_kernel, imq_kernel, squared_distances
 from cyclevae.priors._samples import Moment, standard_form
+
+KernelName = Literal["gaussian", "imq"]
+MMDEstimator = Literal["unbiased", "biased", "linear"]
+Bandwidth = Literal["target", "median"]
+Samples = Float[Tensor, "b D"]
+
+_KERNELS = {"gaussian": gaussian_kernel, "imq": imq_kernel}
+_COLLAPSED = 1e-6  # a median below this share of the target's says nothing about a bandwidth
 
 
 def mmd_prior(
     z: Latents,
     *,
+    kernel: KernelName = "gaussian",
     scales: Sequence[Number] = (0.5, 1.0, 2.0),
+    estimator: MMDEstimator = "unbiased",
     mean: Moment | None = None,
     variance: Moment = 1.0,
-    estimator: Estimator = "unbiased",
+    covariance: Float[Tensor, "D D"] | None = None,
+    reference: Float[Tensor, "m *n d"] | None = None,
+    bandwidth: Bandwidth = "target",
+    standardize: bool = False,
 ) -> Scalar:
     """Squared maximum mean discrepancy to a Gaussian, with the Gaussian's side in closed form.
 
-    `MMD^2 = mean_ij k(z_i, z_j) - 2 mean_i E k(z_i, p) + E k(p, p')` for Gaussian kernels
-    `k = exp(-||x - y||^2 / (2 bandwidth^2))`, with `bandwidth^2 = scale * sum of variances`,
-    averaged over scales. No samples of the prior are drawn, so they add no variance. `unbiased`
-    leaves the pairs `i = j` out and may be negative; `biased` keeps them.
+    `MMD^2 = mean_ij k(z_i, z_j) - 2 mean_i E k(z_i, p) + E k(p, p')`. No samples of the prior are
+    drawn, so they add no variance. With `T` the sum of the target's variances, and averaged over
+    scales (WAE sums over seven), the kernel is
+
+    - `gaussian`: `exp(-||x - y||^2 / (2 b))` with `b = scale T`;
+    - `imq`: `C/(C + ||x - y||^2)` with `C = 2 scale T`, whose tails reach further.
+
+    `unbiased` leaves the pairs `i = j` out and may be negative; `biased` keeps them; `linear`
+    averages over the disjoint pairs `(z_1, z_2), (z_3, z_4), ...` alone: noisier, at a cost linear
+    in rows, which should be in random order; an odd last one is dropped.
 
     Args:
-        z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `n d` numbers).
+        z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `D = n d` numbers).
+        kernel: `gaussian` or `imq`.
         scales: of the squared bandwidth, relative to the expected squared norm of the target.
+        estimator: `unbiased` (a U-statistic), `biased` (a V-statistic) or `linear`.
         mean: of the target, a number or in the shape of one latent; 0 if not given.
         variance: of the target, likewise.
-        estimator: `unbiased` (a U-statistic) or `biased` (a V-statistic).
+        covariance: of the target, `[D, D]`, in place of `variance`; a constant. It is decomposed in
+            every call, for which torch waits for the device: for a fixed one it is cheaper to give
+            `z @ Q` and the eigenvalues as `variance`.
+        reference: latents `[m, d]` or `[m, n, d]` to compare with in place of a Gaussian, no
+            gradient; at least 2. `T` is then their total variance. `linear` uses as many rows of
+            the longer side as the shorter has.
+        bandwidth: `target`, or `median`: half the median squared distance between rows of `z` (and
+            `reference`, pooled; for `linear` between those it pairs) in place of `T`, no gradient.
+            Where that is next to 0, as for collapsed latents, `T` is kept.
+        standardize: divide by the standard deviation under the target, in closed form for the
+            bandwidth used: the value then counts standard deviations, whatever the batch size,
+            width and kernel. Not for `biased` or `reference`, where there is no such form.
 
     Raises:
         ValueError: fewer than 2 samples, latents that are not finite, a scale or variance that is
-            not above 0, or moments whose shape does not fit.
+            not above 0, a target whose shape does not fit, a covariance that is not symmetric
+            positive definite, a reference that does not vary, or two targets at once.
 
     Reference: Gretton et al., A kernel two-sample test, JMLR 2012; the closed form is the BHEP
-    statistic of Henze and Zirkler, 1990.
+    statistic of Henze and Zirkler, 1990; `imq` is the kernel of WAE,
+    https://arxiv.org/abs/1711.01558.
 
     Examples:
         >>> import torch
         >>> z = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
         >>> mmd_prior(z, scales=(0.5,), estimator="biased")
         tensor(0.1342)
+        >>> mmd_prior(torch.zeros(64, 64), standardize=True) > 100  # collapsed
+        tensor(True)
     """
-    x, v = standard_form(z, mean, variance, estimator)
+    _checks.check_choice("kernel", kernel, get_args(KernelName))
+    _checks.check_choice("estimator", estimator, get_args(MMDEstimator))
+    _checks.check_choice("bandwidth", bandwidth, get_args(Bandwidth))
     if not scales:
         raise ValueError("`scales` must name at least one scale, got none")
     for scale in scales:
         _checks.check_positive("scales", scale)
+    _check_one_target(mean, variance, covariance, reference)
+    if standardize and (reference is not None or estimator == "biased"):
+        raise ValueError(
+            "`standardize` has no closed form for `reference` or the 'biased' estimator; "
+            "leave it out, or compare with a Gaussian by 'unbiased' or 'linear'"
+        )
+    x, v = standard_form(z, mean, variance, "unbiased")
     with no_autocast(x):
-        return torch.stack([_mmd2(x, v, scale * v.sum(), estimator) for scale in scales]).mean()
+        if covariance is not None:
+            x, v = _along_axes(x, covariance)
+        y = None if reference is None else _samples(reference, z).to(x)
+        total = v.sum() if y is None else y.var(dim=0).sum()
+        if estimator == "linear":
+            rows = min(len(x), len(x if y is None else y)) // 2 * 2
+            x, y = x[:rows], None if y is None else y[:rows]
+        pairs = _pairs(x, estimator)
+        if bandwidth == "median":
+            pooled = pairs if y is None else _pairs(torch.cat([x, y]), estimator)
+            total = _half_median(pooled.detach(), total)
+        k = _KERNELS[kernel](scales, total)
+        if y is None:
+            cross, own = k.mean(x, v).mean(), k.self_mean(v)
+        else:
+            cross = k.of(_cross(x, y, estimator)).mean()
+            own = _within(k.of(_pairs(y, estimator)), len(y), estimator)
+        mmd2 = _within(k.of(pairs), len(x), estimator) - 2 * cross + own
+        if standardize:
+            count = len(x) / 2 if estimator == "linear" else len(x) * (len(x) - 1) / 2
+            alike = covariance is None and not (isinstance(variance, Tensor) and variance.ndim)
+            null = k.null_variance(v[:1], copies=len(v)) if alike else k.null_variance(v)
+            mmd2 = mmd2 / (null / count).sqrt()
+        return mmd2
 
 
-def _mmd2(x: Tensor, variance: Tensor, bandwidth2: Tensor, estimator: Estimator) -> Tensor:
-    n = len(x)
-    gram = gaussian_gram(x, bandwidth2)
-    if estimator == "biased":
-        pairs = gram.mean()
-    else:
-        pairs = (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
-    cross = gaussian_mean(x, bandwidth2, variance).mean()
-    return pairs - 2 * cross + gaussian_self(bandwidth2, variance)
+def _pairs(x: Samples, estimator: MMDEstimator) -> Float[Tensor, "..."]:
+    """Squared distances of the pairs of distinct rows that an estimator averages over."""
+    if estimator == "linear":
+        return (x[0::2] - x[1::2]).square().sum(dim=1)
+    n = len(x)  # row by row, a diagonal element comes every n + 1
+    return squared_distances(x, x).flatten()[1:].view(n - 1, n + 1)[:, :-1]
+
+
+def _cross(x: Samples, y: Float[Tensor, "m D"], estimator: MMDEstimator) -> Float[Tensor, "..."]:
+    if estimator == "linear":  # x_1 with y_2, x_2 with y_1, ...
+        partners = y.view(-1, 2, y.shape[1]).flip(1).flatten(0, 1)
+        return (x - partners).square().sum(dim=1)
+    return squared_distances(x, y)
+
+
+def _within(values: Float[Tensor, "..."], n: int, estimator: MMDEstimator) -> Scalar:
+    mean = values.mean()
+    return mean + (1 - mean) / n if estimator == "biased" else mean  # k(x, x) = 1
+
+
+def _half_median(distance2: Float[Tensor, "..."], total: Scalar) -> Scalar:
+    # of two independent points of an isotropic Gaussian, ||x - y||^2 is about 2T
+    half = distance2.flatten().median() / 2
+    return torch.where(half > _COLLAPSED * total, half, total)
+
+
+def _along_axes(
+    x: Samples, covariance: Float[Tensor, "D D"]
+) -> tuple[Samples, Float[Tensor, " D"]]:
+    """Latents in the eigenbasis of the covariance, whose Gaussian has independent dimensions."""
+    d = x.shape[1]
+    if covariance.shape != (d, d):
+        raise ValueError(f"`covariance` must have shape [{d}, {d}], got {list(covariance.shape)}")
+    covariance = fp32(covariance.detach())
+    if _checks.reads_values(covariance):
+        skew = (covariance - covariance.T).abs().max()
+        failed = torch.linalg.cholesky_ex(covariance).info
+        if bool(failed) or not bool(skew <= 1e-5 * covariance.abs().max()):
+            raise ValueError(
+                "`covariance` must be symmetric positive definite; "
+                "estimate it from more latents than dimensions, or add to its diagonal"
+            )
+    variances, axes = torch.linalg.eigh(covariance)
+    return x @ axes.to(x), variances.to(x)
+
+
+def _samples(reference: Float[Tensor, "m *n d"], z: Latents) -> Float[Tensor, "m D"]:
+    _checks.check_latents("reference", reference, z.shape[1:])
+    if len(reference) < 2:
+        raise ValueError(f"`reference` needs at least 2 samples, got shape {list(reference.shape)}")
+    if _checks.reads_values(reference) and bool((reference == reference[:1]).all()):
+        raise ValueError("`reference` must vary; all of its rows are equal")
+    return fp32(reference.detach()).flatten(1)
+
+
+def _check_one_target(
+    mean: Moment | None, variance: Moment, covariance: Tensor | None, reference: Tensor | None
+) -> None:
+    with_variance = isinstance(variance, Tensor) or variance != 1
+    if covariance is not None and with_variance:
+        raise ValueError("give `variance` or `covariance`, not both")
+    if reference is not None and (mean is not None or covariance is not None or with_variance):
+        raise ValueError(
+            "`reference` is the target itself; give no `mean`, `variance` or `covariance` with it"
+        )
