@@ -1,0 +1,220 @@
+"""A learned prior: the unconditional latent denoiser of a frozen teacher as p(z)."""
+
+import math
+from contextlib import nullcontext
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cyclevae import _checks
+from cyclevae._precision import fp32
+from cyclevae._reduce import reduce_latents
+from cyclevae._types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
+from cyclevae.denoiser import Denoiser, need_latents
+from cyclevae.gradient_policy import detach
+from cyclevae.latent_process import LatentProcess
+from cyclevae.passes import draw_noise
+from cyclevae.priors._weighting import Weighting, boundary_terms, weighted_times
+from cyclevae.text_process import TextProcess
+
+Form = Literal["cross_entropy", "score_difference", "score_distillation"]
+
+
+def learned_prior(
+    teacher: Denoiser,
+    z: Latents,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    form: Form = "cross_entropy",
+    weighting: Weighting = "vdm",
+    posterior_std: Number = 0.0,
+    boundaries: bool = False,
+    low: Number = 0.02,
+    high: Number = 0.98,
+    time: Number | Float[Tensor, " r"] | None = None,
+    noise: Float[Tensor, "r *n d"] | None = None,
+    generator: torch.Generator | None = None,
+    samples: int = 1,
+    count: Count | None = None,
+) -> Scalar:
+    """How improbable latents are under the teacher's own distribution of latents.
+
+    `cross_entropy`: `E_t w_t ||eps - eps_psi(alpha z + sigma eps, t, no text)||^2`, summed over
+    dimensions, averaged over rows. `z` may be the mean of a posterior `q = N(z, s^2 I)`; then
+    `z_t = alpha z + rho n` with `rho^2 = alpha^2 s^2 + sigma^2`, `eps_q = sigma n / rho` is what
+    `q` itself predicts, and eps is averaged out given `z_t`: `w_t (||eps_q - eps_psi||^2 + D
+    alpha^2 s^2 / rho^2)`. `score_difference` is without the constant, `w_t ||eps_q - eps_psi||^2`:
+    the divergence KL(q || p), whose gradient is the same. `score_distillation` has the value of
+    `cross_entropy` and the gradient `w_t alpha (eps_psi - eps_q)`, without the teacher's Jacobian.
+
+    The weighting is also the distribution of the times, at the 1000 steps of the schedule, from
+    that of `low` to that of `high`. `vdm`: uniform steps, `w = N/2 expm1(gamma_t - gamma_s)` for
+    `N` steps of neighbours s and t, `gamma = -log SNR`: the discrete bound, which at 1000 steps is
+    a little above its limit. `likelihood`: uniform in gamma, `w = (gamma_high - gamma_low) / 2`:
+    that limit, by the trapezoidal rule. Both are in nats. `uniform`: uniform times, `w = 1`: the
+    simple loss, which bounds nothing.
+
+    Errors are taken in the teacher's own prediction space and scaled, so nothing is divided by a
+    vanishing alpha, and `max_gain` has no say.
+
+    This acts on each row by itself, and draws it to where the teacher's density is highest: alone,
+    it collapses a batch. Where it weighs, a reconstruction term must hold the rows apart.
+
+    Args:
+        teacher: the unconditional denoiser, frozen and in eval mode: `Teacher(network).denoiser`.
+            The gradient reaches `z` through it.
+        z: latents, `[b, d]` or `[b, n, d]`.
+        attention_mask: `[b, s]`, True = keep: the length of the fully masked text that the teacher
+            sees. It must tell nothing of `z`: see `draw_lengths`.
+        text_process: the text process.
+        latent_process: the latent process.
+        form: `cross_entropy`, `score_difference` (needs `posterior_std`) or `score_distillation`.
+        weighting: `vdm`, `likelihood` or `uniform`.
+        posterior_std: `s`, the fixed width of the posterior around `z`.
+        boundaries: add the ends of the bound, so that the value bounds the cross-entropy of
+            `z_t` at the time `low`, `-E_q log p`, in nats: `KL(q(z_high) || N(0, I))`, and
+            `D/2 log(2 pi e sigma_low^2)` unless the form is `score_difference`, which then is
+            `KL(q || p)` at that time.
+        low: the lowest time.
+        high: the highest time.
+        time: a number or `[b * samples]`, as the weighting would draw them; drawn if not given.
+        noise: standard normal `n` in the shape of `b * samples` latents; drawn if not given.
+        generator: random state of the draws.
+        samples: how often each row is repeated, at other times and with other noise.
+        count: rows in the denominator, in place of those of `z`: see `text_loss`.
+
+    Raises:
+        TypeError: a teacher that is no `Denoiser`, such as a `Teacher` in place of its `.denoiser`.
+        ValueError: a teacher that is not frozen or not in eval mode, wrong shapes or values, or a
+            form, weighting or range of times that do not go together.
+
+    Reference: variational diffusion models, https://arxiv.org/abs/2107.00630, eq. 11; likelihood
+    weighting, https://arxiv.org/abs/2101.09258; latent score models,
+    https://arxiv.org/abs/2106.05931; score distillation, https://arxiv.org/abs/2209.14988.
+
+    Examples:
+        >>> from cyclevae.teacher import Teacher
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> teacher = Teacher(denoiser.module).denoiser
+        >>> z, mask = torch.zeros(3, 4, requires_grad=True), toy_batch(seed=0).attention_mask
+        >>> loss = learned_prior(
+        ...     teacher, z, mask, text_process=text_process, latent_process=latent_process,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> loss.backward()
+        >>> loss.shape, z.grad.shape
+        (torch.Size([]), torch.Size([3, 4]))
+    """
+    _checks.check_choice("form", form, get_args(Form))
+    _checks.check_choice("weighting", weighting, get_args(Weighting))
+    _checks.check_nonnegative("posterior_std", posterior_std)
+    if form == "score_difference" and posterior_std == 0:
+        raise ValueError(
+            "form='score_difference' compares the teacher with the posterior N(z, s^2 I) and needs "
+            "its width: give a `posterior_std` above 0, or use form='cross_entropy'"
+        )
+    if boundaries and weighting == "uniform":
+        raise ValueError(
+            "weighting='uniform' is no bound, so it has no `boundaries`; use 'vdm' or 'likelihood'"
+        )
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1, got {samples!r}")
+    check_frozen(teacher)
+    _checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
+    _checks.check_rows("attention_mask", attention_mask, "z", z)
+    mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    z, mask = z.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
+    mean = fp32(z)
+    time, weight = weighted_times(
+        weighting, mean, latent_process, low=low, high=high, time=time, generator=generator
+    )
+    if noise is None:
+        noise = draw_noise(len(z), latent_process, at=z, like=mean, generator=generator)
+    else:
+        _checks.check_same_shape("noise", noise, "z, repeated `samples` times,", z)
+
+    alpha, sigma = latent_process.alpha_sigma(time)
+    spread = (alpha.square() * posterior_std**2 + sigma.square()).sqrt()
+    # z_t = alpha clean + sigma eps, where clean and eps are what q itself predicts
+    clean = mean + _wide(alpha * posterior_std**2 / spread, z) * noise
+    eps = _wide(sigma / spread, z) * noise
+    z_t = (_wide(alpha, z) * mean + _wide(spread, z) * noise).to(z.dtype)
+    distilled = form == "score_distillation"
+    with detach() if distilled else nullcontext():
+        prediction = without_text(teacher, z_t, mask, time, text_process)
+        error = latent_process.target(clean, eps, time) - fp32(prediction)
+        error = noise_error(error, time, latent_process)
+
+    per_row = weight * error.square().flatten(1).sum(dim=1)
+    if form != "score_difference":
+        unknown = (alpha * posterior_std / spread).square()  # Var(eps | z_t), per dimension
+        per_row = per_row + weight * unknown * math.prod(z.shape[1:])
+    if distilled:
+        surrogate = -weight * alpha * (error * mean).flatten(1).sum(dim=1)
+        per_row = per_row + surrogate - surrogate.detach()
+    if boundaries:
+        kl = form == "score_difference"
+        per_row = per_row + boundary_terms(mean, latent_process, low, high, posterior_std, kl=kl)
+    return reduce_latents(
+        per_row, reduction="mean", count=None if count is None else count * samples
+    )
+
+
+def check_frozen(teacher: Denoiser) -> None:
+    """Refuse a teacher that would learn from what it judges, or that judges with dropout."""
+    if not hasattr(teacher, "denoise"):
+        raise TypeError(
+            f"`teacher` must be a Denoiser, got {type(teacher).__name__}; of a Teacher, give its "
+            "`.denoiser`"
+        )
+    module = getattr(teacher, "module", None)
+    if not isinstance(module, nn.Module):
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"`teacher` must be frozen, and its parameter {name!r} requires a gradient: prior "
+                "and encoder would learn to agree; use Teacher(network).denoiser, or call "
+                "requires_grad_(False) on a copy of the network"
+            )
+    if any(part.training for part in module.modules()):
+        raise ValueError(
+            "`teacher` must be in eval mode; use Teacher(network).denoiser, which always is, or "
+            "call .eval() on it"
+        )
+
+
+def without_text(
+    teacher: Denoiser, z_t: Latents, mask: Mask, time: Time, text_process: TextProcess
+) -> Latents:
+    """The prediction of the unconditional mode: the text is fully masked."""
+    output = teacher.denoise(
+        text_process.fully_masked(mask),
+        z_t,
+        text_time=torch.ones_like(time),
+        latent_time=time,
+        attention_mask=mask,
+        need="latents",
+    )
+    return need_latents(output, z_t)
+
+
+def noise_error(error: Latents, time: Time, latent_process: LatentProcess) -> Latents:
+    """An error in the model's own prediction space, as an error of the noise it implies."""
+    alpha, sigma = (_wide(scale, error) for scale in latent_process.alpha_sigma(time))
+    match latent_process.prediction:
+        case "epsilon":
+            return error
+        case "x0":
+            return -alpha / sigma * error
+        case "v":
+            return alpha * error
+
+
+def _wide(scale: Time, like: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (like.ndim - 1))

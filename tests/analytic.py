@@ -1,0 +1,45 @@
+"""Denoisers whose latent prediction is optimal and known in closed form."""
+
+import torch
+
+from cyclevae.denoiser import Denoised
+
+
+class Optimal:
+    """The optimal latent prediction for latents of a mixture of isotropic Gaussians.
+
+    With one component of mean `m` and variance `v` per dimension it is linear in `z_t`:
+    `eps = sigma (z_t - alpha m) / (alpha^2 v + sigma^2)`. Where `given` is set, a pass that sees a
+    clean text (text_time 0) takes the moments of `given` in place of its own.
+    """
+
+    def __init__(self, process, means=(0.0,), variances=(1.0,), weights=None, given=None):
+        self.process, self.given = process, given
+        self.means, self.variances = list(means), list(variances)
+        self.weights = [1 / len(self.means)] * len(self.means) if weights is None else weights
+        self.calls = 0
+
+    def denoise(self, tokens, latents, *, text_time, latent_time, attention_mask, need="both"):
+        self.calls += 1
+        optimal = self if self.given is None or bool((text_time == 1).all()) else self.given
+        return Denoised(None, optimal.predict(latents, latent_time))
+
+    def predict(self, z_t, time):
+        scales = self.process.alpha_sigma(time)
+        alpha, sigma = (x.to(z_t.dtype).view(-1, *[1] * (z_t.ndim - 1)) for x in scales)
+        logs, noises = [], []
+        for mean, variance, weight in zip(self.means, self.variances, self.weights, strict=True):
+            total = alpha**2 * variance + sigma**2
+            off = z_t - alpha * mean
+            logs.append(torch.tensor(weight).log() - ((off**2 / total + total.log()) / 2).sum(-1))
+            noises.append(sigma * off / total)
+        share = torch.stack(logs).softmax(0)[..., None]
+        epsilon = (share * torch.stack(noises)).sum(0)
+        x0 = (z_t - sigma * epsilon) / alpha
+        match self.process.prediction:
+            case "epsilon":
+                return epsilon
+            case "x0":
+                return x0
+            case _:
+                return alpha * epsilon - sigma * x0
