@@ -8,6 +8,7 @@ from mmdit.mmdit_generalized_pytorch import MMDiT
 from torch import Tensor, nn
 
 from cyclevae import Denoised
+from cyclevae.denoiser import embed_tokens
 
 
 class MMDiTDenoiser(nn.Module):
@@ -57,7 +58,7 @@ class MMDiTDenoiser(nn.Module):
         attention_mask: Tensor,
         need: str = "both",
     ) -> Denoised:
-        text = self.word(tokens) + self.position[: tokens.shape[1]]
+        text = embed_tokens(self.word.weight, tokens) + self.position[: tokens.shape[1]]
         latent = self.latent_in(latents)[:, None]
         text, latent = self.blocks(
             modality_tokens=(text, latent),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cyclevae import Denoised
+from cyclevae.denoiser import embed_tokens
 
 
 class JointTransformer(nn.Module):
@@ -50,7 +51,8 @@ class JointTransformer(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         scale, shift = self.latent_time(latent_time[:, None]).chunk(2, dim=1)
         latent = self.latent_in(latents) * (1 + scale) + shift  # may learn to ignore pure noise
-        text = self.word(tokens) * self.word.embedding_dim**0.5 + self.position(places)
+        text = embed_tokens(self.word.weight, tokens) * self.word.embedding_dim**0.5
+        text = text + self.position(places)
         text = text + self.text_time(text_time[:, None])[:, None]
         hidden = self.blocks(
             torch.cat([latent[:, None], text + latent[:, None]], dim=1),

@@ -1,67 +1,169 @@
-"""Text bridges: from the decoder's logits to the pseudo-text that crosses a latent cycle.
+"""Which pseudo-text crosses a latent cycle, and how long it is."""
 
-Neither bridge here has a gradient: the pseudo-text is data to the pass behind it, as in
-back-translation.
-"""
-
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from cyclevae._checks import as_mask, check_choice, check_positive
-from cyclevae._types import Logits, Mask, MaskLike, Number, Tokens
+from cyclevae._checks import (
+    as_mask,
+    check_any_tokens,
+    check_choice,
+    check_nonnegative,
+    check_positive,
+)
+from cyclevae._types import AnyTokens, Logits, MaskLike, Number
+from cyclevae.gradient_policy import GradientPolicy
+from cyclevae.text_bridges import (
+    argmax_text,
+    categorical_text,
+    check_logits,
+    gumbel_text,
+    soft_text,
+    straight_through_text,
+)
 from cyclevae.text_process import TextProcess
 
-Bridge = Literal["argmax", "categorical"]
+Bridge = Literal[
+    "argmax",
+    "categorical",
+    "straight_through",
+    "sampled_straight_through",
+    "gumbel",
+    "soft",
+    "unmask",
+    "rloo",
+]
+TextFunction = Callable[..., AnyTokens]
+_RELAXED = ("straight_through", "sampled_straight_through", "gumbel", "soft")
+_READ_BY = {
+    "temperature": ("categorical", *_RELAXED, "rloo"),
+    "steps": ("unmask",),
+    "samples": ("rloo",),
+    "marginal_weight": ("rloo",),
+}
 
 
-def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextProcess) -> Tokens:
-    """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
+@dataclass(frozen=True)
+class TextBridge:
+    """Which pseudo-text crosses a latent cycle, and with which options.
 
-    Examples:
-        >>> import torch
-        >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
-        >>> logits = torch.tensor([[[9.0, 1.0, 9.0, 3.0], [0.0, 2.0, 0.0, 1.0]]])
-        >>> argmax_text(logits, torch.tensor([[True, True]]), text_process=text)
-        tensor([[3, 1]])
-    """
-    attention_mask = _checked(logits, attention_mask, text_process)
-    choice = text_process.forbid(logits.detach()).argmax(dim=-1)
-    return text_process.frame(choice, attention_mask)
+    | name | text | gradient to the decoder |
+    |---|---|---|
+    | `argmax` | the most probable words | none |
+    | `categorical` | sampled words | none |
+    | `straight_through` | `argmax`, relaxed | that of the probabilities |
+    | `sampled_straight_through` | `categorical`, relaxed | that of the probabilities |
+    | `gumbel` | sampled words, relaxed | that of a tempered softmax |
+    | `soft` | the probabilities | exact, of a text no encoder was trained on |
+    | `unmask` | `argmax` in several passes: `unmask_text` | none |
+    | `rloo` | `samples` sampled words | unbiased: `rloo_surrogate` |
+    | a function | its own | its own |
 
+    A bare name, or a function `(logits, attention_mask, *, text_process, generator)` that returns
+    ids `[b, s]` or a relaxed text `[b, s, v]`, may stand wherever a `TextBridge` does. Its text is
+    framed and padded by the library.
 
-def categorical_text(
-    logits: Logits,
-    attention_mask: MaskLike,
-    *,
-    text_process: TextProcess,
-    temperature: Number = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tokens:
-    """A pseudo-text `[b, s]` sampled from `softmax(logits / temperature)` per position.
-
-    Forbidden ids are never sampled. Uses an exponential race, which needs no host synchronisation.
+    Args:
+        name: one of the names, or a function.
+        temperature: divides the logits; of all but `argmax` and `unmask`. `gumbel` divides the sum
+            of logits and noise.
+        steps: of `unmask`, its passes.
+        samples: of `rloo`, the texts drawn per latent; each costs an encoder pass.
+        marginal_weight: of `rloo`, the price of a nat of `text_marginal_loss` in the reward, which
+            keeps the texts from becoming a private code.
 
     Raises:
-        ValueError: a temperature that is not a finite number above 0.
+        ValueError: an unknown name, an option out of range, or one that the bridge does not read.
 
     Examples:
-        >>> import torch
-        >>> text = TextProcess(mask_id=2, vocab_size=4, pad_id=0)
-        >>> logits, mask = torch.zeros(1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
-        >>> seed = torch.Generator().manual_seed(0)
-        >>> categorical_text(logits, mask, text_process=text, generator=seed)
-        tensor([[...]])
+        >>> TextBridge("gumbel", temperature=0.5).differentiable
+        True
+        >>> TextBridge.of("unmask").has_gradient
+        False
     """
-    check_positive("temperature", temperature)
-    attention_mask = _checked(logits, attention_mask, text_process)
-    # argmax of p_i / E_i with independent exponentials E_i is a draw from p; taken in log space,
-    # no overflow can make a forbidden id win
-    allowed = text_process.forbid(logits.detach().float() / temperature)
-    race = torch.empty_like(allowed).exponential_(generator=generator)
-    return text_process.frame((allowed - race.log()).argmax(dim=-1), attention_mask)
+
+    name: Bridge | TextFunction = "argmax"
+    temperature: Number = 1.0
+    steps: int = 1
+    samples: int = 2
+    marginal_weight: Number = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.name):
+            check_choice("bridge", self.name, get_args(Bridge))
+        check_positive("temperature", self.temperature)
+        check_nonnegative("marginal_weight", self.marginal_weight)
+        if not (isinstance(self.steps, int) and self.steps >= 1):
+            raise ValueError(f"`steps` must be an integer of at least 1, got {self.steps!r}")
+        if not (isinstance(self.samples, int) and self.samples >= 2):
+            raise ValueError(
+                "`samples` must be an integer of at least 2, because the baseline of a sample is "
+                f"the mean of the others, got {self.samples!r}"
+            )
+        for option in fields(self)[1:]:
+            value, readers = getattr(self, option.name), _READ_BY[option.name]
+            if value != option.default and self.name not in readers:
+                raise ValueError(
+                    f"the {str(self)!r} bridge does not read `{option.name}`, got {value!r}; "
+                    f"it is read by {', '.join(map(repr, readers))}"
+                )
+
+    @classmethod
+    def of(cls, bridge: "TextBridge | Bridge | TextFunction") -> "TextBridge":
+        """The bridge itself, or the one of a bare name or function."""
+        return bridge if isinstance(bridge, TextBridge) else cls(bridge)
+
+    @property
+    def differentiable(self) -> bool | None:
+        """Whether the text is relaxed; None for a function, which shows it by what it returns."""
+        return None if callable(self.name) else self.name in _RELAXED
+
+    @property
+    def has_gradient(self) -> bool | None:
+        """Whether the decoder can learn through it; None for a function."""
+        return None if callable(self.name) else self.name in (*_RELAXED, "rloo")
+
+    @property
+    def passes(self) -> int:
+        """The passes of the denoiser in a latent cycle; the first may be shared with other terms.
+
+        Examples:
+            >>> TextBridge().passes, TextBridge("rloo", samples=4, marginal_weight=0.1).passes
+            (2, 9)
+        """
+        if self.name == "rloo":
+            return 1 + self.samples * (2 if self.marginal_weight else 1)
+        return self.steps + 1
+
+    def check_policy(self, policy: GradientPolicy) -> None:
+        """Refuse a policy for the latent cycle that this bridge cannot follow.
+
+        Raises:
+            ValueError: a gradient is asked of a choice of ids, or one that is there is dropped.
+        """
+        if policy.bridge != "detach" and self.has_gradient is False:
+            raise ValueError(
+                f"the {str(self)!r} bridge is a choice of ids and has no gradient, so the latent "
+                f"cycle cannot use policy.bridge={policy.bridge!r}; use 'detach', or one of "
+                f"{', '.join(map(repr, (*_RELAXED, 'rloo')))}"
+            )
+        if policy.bridge == "detach" and self.has_gradient:
+            raise ValueError(
+                f"the {str(self)!r} bridge has a gradient for the decoder, which policy.bridge="
+                "'detach' would drop; use GradientPolicy(bridge='full'), or the bridge 'argmax' or "
+                "'categorical'"
+            )
+
+    def __str__(self) -> str:
+        return self.name if isinstance(self.name, str) else getattr(self.name, "__name__", "given")
+
+
+AnyTextBridge = TextBridge | Bridge | TextFunction
 
 
 def pseudo_text(
@@ -69,14 +171,21 @@ def pseudo_text(
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
-    bridge: Bridge = "argmax",
-    temperature: Number = 1.0,
+    bridge: AnyTextBridge = "argmax",
     generator: torch.Generator | None = None,
-) -> Tokens:
-    """The pseudo-text of the named bridge: `argmax_text` or `categorical_text`.
+) -> AnyTokens:
+    """The pseudo-text of a bridge that needs nothing but the logits of one pass.
+
+    Args:
+        logits: `[b, s, v]`.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        bridge: a `TextBridge`, a name or a function; any but `unmask` and `rloo`.
+        generator: random state of the draws.
 
     Raises:
-        ValueError: an unknown bridge.
+        ValueError: an unknown bridge, one that needs more than logits, or a function that returned
+            something other than a text.
 
     Examples:
         >>> import torch
@@ -84,16 +193,42 @@ def pseudo_text(
         >>> logits, mask = torch.eye(4)[None, [3, 1]], torch.tensor([[True, False]])
         >>> pseudo_text(logits, mask, text_process=text)
         tensor([[3, 0]])
+        >>> pseudo_text(logits, mask, text_process=text, bridge="soft").shape
+        torch.Size([1, 2, 4])
     """
-    check_choice("bridge", bridge, ("argmax", "categorical"))
-    if bridge == "argmax":
-        return argmax_text(logits, attention_mask, text_process=text_process)
-    return categorical_text(
-        logits,
-        attention_mask,
-        text_process=text_process,
-        temperature=temperature,
-        generator=generator,
+    bridge = TextBridge.of(bridge)
+    mask = check_logits(logits, attention_mask, text_process)
+    temperature = bridge.temperature
+    if callable(bridge.name):
+        text = bridge.name(logits, mask, text_process=text_process, generator=generator)
+        check_any_tokens(f"{bridge}(...)", text, text_process.vocab_size)
+        if text.shape[:2] != mask.shape:
+            raise ValueError(
+                f"`{bridge}(...)` must have the shape of `attention_mask` {list(mask.shape)}, got "
+                f"{list(text.shape)}"
+            )
+        return text_process.frame(text, mask)
+    draw: Callable[..., AnyTokens]
+    match bridge.name:
+        case "argmax":
+            return argmax_text(logits, mask, text_process=text_process)
+        case "soft":
+            return soft_text(logits, mask, text_process=text_process, temperature=temperature)
+        case "categorical":
+            draw = categorical_text
+        case "straight_through":
+            draw = straight_through_text
+        case "sampled_straight_through":
+            draw = partial(straight_through_text, sample=True)
+        case "gumbel":
+            draw = gumbel_text
+        case _:
+            raise ValueError(
+                f"the {str(bridge)!r} bridge needs the denoiser beside its logits: "
+                "use cycle_latent_loss, or unmask_text"
+            )
+    return draw(
+        logits, mask, text_process=text_process, temperature=temperature, generator=generator
     )
 
 
@@ -125,12 +260,3 @@ def draw_lengths(
         len(attention_mask), (rows,), device=attention_mask.device, generator=generator
     )
     return attention_mask[index]
-
-
-def _checked(logits: Logits, attention_mask: MaskLike, text_process: TextProcess) -> Mask:
-    if logits.shape[-1] != text_process.vocab_size:
-        raise ValueError(
-            f"`logits` must have width text_process.vocab_size = {text_process.vocab_size}, "
-            f"got {list(logits.shape)}"
-        )
-    return as_mask("attention_mask", attention_mask, logits.shape[:2])

@@ -1,12 +1,18 @@
 """What a model must do to be trained here, and the thin objects that make it so."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cyclevae import _checks
-from cyclevae._types import Latents, Logits, MaskLike, Need, Time, Tokens
+from cyclevae._precision import no_autocast
+from cyclevae._types import AnyTokens, Latents, Logits, MaskLike, Need, Time
 
 
 class Denoised(NamedTuple):
@@ -41,7 +47,7 @@ class Denoiser(Protocol):
 
     def denoise(
         self,
-        tokens: Tokens,
+        tokens: AnyTokens,
         latents: Latents,
         *,
         text_time: Time,
@@ -52,7 +58,8 @@ class Denoiser(Protocol):
         """One forward on already noised tokens and latents.
 
         Args:
-            tokens: ids `[b, s]`, masked as `text_time` says.
+            tokens: ids `[b, s]`, masked as `text_time` says. The differentiable text bridges give
+                a clean text relaxed, as floats `[b, s, v]`: `embed_tokens` takes both.
             latents: `[b, d]` or `[b, n, d]`, noised as `latent_time` says.
             text_time: `[b]` in [0, 1]; 0 clean, 1 fully masked.
             latent_time: `[b]` in [0, 1]; 0 clean, 1 pure noise.
@@ -86,7 +93,7 @@ class ModuleDenoiser:
 
     def denoise(
         self,
-        tokens: Tokens,
+        tokens: AnyTokens,
         latents: Latents,
         *,
         text_time: Time,
@@ -174,13 +181,53 @@ class EncoderDecoder(nn.Module):
         self.encoder, self.decoder = encoder, decoder
 
     def forward(
-        self, tokens: Tokens, latents: Latents, *, need: Need = "both", **state: Any
+        self, tokens: AnyTokens, latents: Latents, *, need: Need = "both", **state: Any
     ) -> Denoised:
         """Run the networks that are needed."""
         return Denoised(
             logits=None if need == "latents" else self.decoder(tokens, latents, **state),
             latent_prediction=None if need == "logits" else self.encoder(tokens, latents, **state),
         )
+
+
+def embed_tokens(weight: Float[Tensor, "rows w"], tokens: AnyTokens) -> Float[Tensor, "b s w"]:
+    """Embed a text, whether its tokens are ids or relaxed.
+
+    Ids `[b, s]` pick their rows of `weight`, as `nn.Embedding` does; relaxed tokens `[b, s, v]` mix
+    the first `v` rows: `tokens @ weight[:v]`, by which a one-hot text is read as its ids are. The
+    dtype is that of `weight`, under autocast too. An embedding's `padding_idx` and `max_norm` are
+    not looked at.
+
+    Args:
+        weight: a row per id, such as `embedding.weight`; further rows are never read.
+        tokens: ids `[b, s]`, or floats `[b, s, v]`.
+
+    Raises:
+        ValueError: relaxed tokens over more ids than there are rows.
+
+    Examples:
+        >>> import torch
+        >>> weight, ids = torch.eye(3)[:, :2], torch.tensor([[2, 0]])
+        >>> embed_tokens(weight, ids)
+        tensor([[[0., 0.],
+                 [1., 0.]]])
+        >>> embed_tokens(weight, torch.tensor([[[0.5, 0.5, 0.0]]]))
+        tensor([[[0.5000, 0.5000]]])
+    """
+    if not tokens.is_floating_point():
+        return F.embedding(tokens, weight)
+    ids = tokens.shape[-1]
+    if ids > len(weight):
+        raise ValueError(
+            f"`tokens` are relaxed over {ids} ids, but `weight` has {len(weight)} rows"
+        )
+    with no_autocast(weight):
+        return tokens.to(weight.dtype) @ weight[:ids]
+
+
+def reading_relaxed(origin: str) -> AbstractContextManager[object]:
+    """Where a network fails to read a relaxed text, say whence it is and what to do."""
+    return nullcontext() if torch.compiler.is_compiling() else _naming(origin)
 
 
 def need_logits(output: Denoised, tokens: Tensor, vocab_size: int) -> Logits:
@@ -204,6 +251,21 @@ def need_latents(output: Denoised, latents: Tensor) -> Latents:
         )
     _checks.check_same_shape("latent_prediction", output.latent_prediction, "latents", latents)
     return output.latent_prediction
+
+
+@contextmanager
+def _naming(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"the encoder pass failed on the relaxed text [b, s, v] {origin} "
+            f"({type(error).__name__}: {error}). A network reads ids and relaxed texts alike with "
+            "cyclevae.embed_tokens(embedding.weight, tokens) in place of embedding(tokens), which "
+            "check_denoiser(..., relaxed=True) tests; or use the bridge 'argmax' or 'categorical'"
+        ) from error
 
 
 def _wrapped(module: nn.Module) -> object:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import Latents, Logits, MaskLike, Number, Rows, Time, Tokens
+from cyclevae._types import AnyTokens, Latents, Logits, MaskLike, Number, Rows, Time, Tokens
 from cyclevae.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.latent_process import LatentProcess
 from cyclevae.text_process import TextProcess
@@ -14,7 +14,13 @@ from cyclevae.times import stratified_times
 
 
 def l2t(
-    denoiser: Denoiser, latents: Latents, attention_mask: MaskLike, *, text_process: TextProcess
+    denoiser: Denoiser,
+    latents: Latents,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    tokens: Tokens | None = None,
+    text_time: Number | Time = 1.0,
 ) -> Logits:
     """Decode: clean latents and a fully masked text, in one pass.
 
@@ -23,6 +29,9 @@ def l2t(
         latents: clean latents, `[b, d]` or `[b, n, d]`.
         attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
         text_process: the text process.
+        tokens: a text in which only some words are masked, as `unmask_text` makes them; fully
+            masked if not given.
+        text_time: the share of its kept tokens that are masked, a number or `[b]`.
 
     Returns:
         Logits `[b, s, v]`.
@@ -40,11 +49,15 @@ def l2t(
     _checks.check_latents("latents", latents)
     _checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
-    tokens = text_process.fully_masked(mask)
+    if tokens is None:
+        tokens = text_process.fully_masked(mask)
+    else:
+        _checks.check_tokens("tokens", tokens, text_process.vocab_size)
+        tokens = text_process.pad(tokens, _checks.as_mask("attention_mask", mask, tokens.shape))
     output = denoiser.denoise(
         tokens,
         latents,
-        text_time=_checks.as_time("text_time", 1.0, latents),
+        text_time=_checks.as_time("text_time", text_time, latents),
         latent_time=_checks.as_time("latent_time", 0.0, latents),
         attention_mask=mask,
         need="logits",
@@ -77,7 +90,7 @@ class T2L(NamedTuple):
 
 def t2l(
     denoiser: Denoiser,
-    tokens: Tokens,
+    tokens: AnyTokens,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -92,7 +105,8 @@ def t2l(
 
     Args:
         denoiser: the model.
-        tokens: clean ids `[b, s]`.
+        tokens: clean ids `[b, s]`, or a relaxed text `[b, s, v]`, as the differentiable text
+            bridges make them.
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         latent_process: the latent process.
@@ -125,13 +139,13 @@ def t2l(
         )
     if start is not None:
         _checks.check_choice("start", start, ("noise",))
-    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    _checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
+    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
     if latents is not None:
         _checks.check_latents("latents", latents, latent_process.shape)
         _checks.check_rows("latents", latents, "tokens", tokens)
     stated_time = time
-    time = _checks.as_time("time", time, tokens if latents is None else latents)
+    time = _checks.as_time("time", time, mask if latents is None else latents)
     if noise is None:
         noise = draw_noise(
             len(tokens), latent_process, like=latents, generator=generator, at=tokens

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cyclevae._precision import fp32
 from cyclevae._types import Need
 from cyclevae.batch import Batch
 from cyclevae.denoiser import (
@@ -15,6 +16,7 @@ from cyclevae.denoiser import (
     Denoiser,
     ModuleDenoiser,
     as_denoiser,
+    embed_tokens,
     need_latents,
     need_logits,
 )
@@ -120,6 +122,7 @@ def check_denoiser(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     lengths: Sequence[int] = (7, 4, 2),
+    relaxed: bool = False,
 ) -> None:
     """Dry-run a denoiser as the objective will use it; call it first, on the wrapped object.
 
@@ -136,6 +139,8 @@ def check_denoiser(
         device: where the network lives; that of its first parameter if not given.
         dtype: of latents; float32 if not given.
         lengths: of the texts in the batch, longest first, no longer than the model can take.
+        relaxed: check also what the differentiable text bridges need: that a one-hot text
+            `[b, s, v]` is read as its ids are, and that gradient reaches it.
 
     Raises:
         AssertionError: the denoiser breaks its contract; the message says how and what to do.
@@ -143,7 +148,7 @@ def check_denoiser(
         ValueError: no latent shape is known.
 
     Examples:
-        >>> check_denoiser(*toy_denoiser(seed=0))
+        >>> check_denoiser(*toy_denoiser(seed=0), relaxed=True)
     """
     if isinstance(denoiser, nn.Module):
         raise TypeError(
@@ -175,6 +180,51 @@ def check_denoiser(
             check(1.0, 0.0, "logits", parameters)
         check(0.0, 1.0, "latents", parameters)
         check(0.5, 0.5, "both", parameters)
+        if relaxed:
+            _check_relaxed(denoiser, text_process, tokens, latents, mask)
+
+
+def _check_relaxed(
+    denoiser: Denoiser, text_process: TextProcess, tokens: Tensor, latents: Tensor, mask: Tensor
+) -> None:
+    def encode(text: Tensor) -> Tensor:
+        time = torch.ones(len(text), device=text.device)
+        output = denoiser.denoise(
+            text,
+            latents,
+            text_time=0 * time,
+            latent_time=time,
+            attention_mask=mask,
+            need="latents",
+        )
+        return need_latents(output, latents)
+
+    one_hot = torch.nn.functional.one_hot(tokens, text_process.vocab_size)
+    text = one_hot.to(fp32(latents).dtype).requires_grad_()
+    try:
+        read = encode(text)
+    except Exception as error:
+        raise AssertionError(
+            f"the network cannot read a relaxed text [b, s, v] ({type(error).__name__}: {error}); "
+            "use embed_tokens(embedding.weight, tokens) in place of embedding(tokens)"
+        ) from error
+    with torch.no_grad():
+        ids = encode(tokens)
+    if not _close(read, ids):
+        raise AssertionError(
+            "a one-hot text [b, s, v] gives another latent_prediction than its ids; embed both by "
+            "embed_tokens(embedding.weight, tokens)"
+        )
+    (reached,) = (
+        torch.autograd.grad(read.float().square().sum(), [text], allow_unused=True)
+        if read.requires_grad
+        else (None,)
+    )
+    if reached is None or not bool(reached[mask].any()):
+        raise AssertionError(
+            "no gradient of the latent_prediction reaches a relaxed text [b, s, v], so the decoder "
+            "could learn nothing through a text bridge; is it detached, rounded or read as ids?"
+        )
 
 
 def _check_mode(
@@ -315,7 +365,7 @@ class ToyNetwork(nn.Module):
         need: Need = "both",
     ) -> Denoised:
         """Mix the mean of the words with the latent."""
-        words = self.word(tokens)
+        words = embed_tokens(self.word.weight, tokens)
         keep = attention_mask.to(words)
         weight = keep / keep.sum(dim=1, keepdim=True).clamp(min=1)
         times = torch.stack([text_time, latent_time], dim=1).to(latents)

@@ -1,13 +1,14 @@
 """The forward process of text: an absorbing mask, and the one home of ids."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from cyclevae import _checks
-from cyclevae._types import Logits, Mask, Time, Tokens
+from cyclevae._types import AnyTokens, Logits, Mask, Time, Tokens
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class TextProcess:
         tokens = torch.full(attention_mask.shape, self.mask_id, device=attention_mask.device)
         return self.pad(tokens, attention_mask)
 
-    def pad(self, tokens: Tokens, attention_mask: Mask) -> Tokens:
+    def pad(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
         """Tokens with the padding id where the mask is False."""
-        return tokens.masked_fill(~attention_mask, self._fill_id)
+        return _put(tokens, ~attention_mask, self._fill_id)
 
     def mask(
         self,
@@ -136,25 +137,46 @@ class TextProcess:
         masked = attention_mask & (draw < rate[:, None])
         return self.pad(tokens, attention_mask).masked_fill(masked, self.mask_id), masked
 
-    def frame(self, tokens: Tokens, attention_mask: Mask) -> Tokens:
+    def frame(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
         """Place the first and last token of a text, and its padding."""
         tokens = self.pad(tokens, attention_mask)
-        if self.start_id is not None:
-            first = attention_mask & (attention_mask.cumsum(1) == 1)
-            tokens = tokens.masked_fill(first, self.start_id)
-        if self.end_id is not None and self.end == "placed":
-            last = attention_mask & (attention_mask.flip(1).cumsum(1).flip(1) == 1)
-            tokens = tokens.masked_fill(last, self.end_id)
+        for places, token_id in self._placed(attention_mask):
+            tokens = _put(tokens, places, token_id)
         return tokens
 
-    def cut(self, tokens: Tokens, attention_mask: Mask) -> tuple[Tokens, Mask]:
-        """End pseudo-texts at their first predicted end; unchanged where the end is placed."""
+    def chosen(self, attention_mask: Mask) -> Mask:
+        """The kept positions whose word a bridge chooses: all but the placed ones."""
+        for places, _ in self._placed(attention_mask):
+            attention_mask = attention_mask & ~places
+        return attention_mask
+
+    def cut(self, tokens: AnyTokens, attention_mask: Mask) -> tuple[AnyTokens, Mask]:
+        """End pseudo-texts at their first predicted end; unchanged where the end is placed.
+
+        A relaxed text ends where the end is its most probable word.
+        """
         if self.end == "placed" or self.end_id is None:
             return tokens, attention_mask
-        ends = tokens.eq(self.end_id)
+        words = tokens.argmax(dim=-1) if tokens.is_floating_point() else tokens
+        ends = attention_mask & words.eq(self.end_id)
         attention_mask = attention_mask & (ends.cumsum(dim=1) - ends.long() == 0)
         return self.pad(tokens, attention_mask), attention_mask
+
+    def _placed(self, attention_mask: Mask) -> Iterator[tuple[Mask, int]]:
+        """Where tokens are placed, and which."""
+        if self.start_id is not None:
+            yield attention_mask & (attention_mask.cumsum(1) == 1), self.start_id
+        if self.end_id is not None and self.end == "placed":
+            yield attention_mask & (attention_mask.flip(1).cumsum(1).flip(1) == 1), self.end_id
 
     @property
     def _fill_id(self) -> int:
         return self.mask_id if self.pad_id is None else self.pad_id
+
+
+def _put(tokens: AnyTokens, places: Mask, token_id: int) -> AnyTokens:
+    """Tokens with an id at some places: in a relaxed text its one-hot row, which is constant."""
+    if not tokens.is_floating_point():
+        return tokens.masked_fill(places, token_id)
+    one_hot = torch.arange(tokens.shape[-1], device=tokens.device) == token_id
+    return torch.where(places[..., None], one_hot.to(tokens.dtype), tokens)
