@@ -10,11 +10,21 @@ from torch import nn
 
 import cyclevae as cv
 import oracles
+import oracles_latents
+from cyclevae.base import min_snr_weight
+from cyclevae.schedules import anneal
 from cyclevae.testing import toy_batch, toy_denoiser
+from cyclevae.times import TimePolicy
 from oracles import Spy, array, assert_near_mean
 from strategies import latents, magnitudes, masks, quick, seeds, splits, texts
 
 REDUCTIONS = ("mean", "sum", "none", "nats")
+DISTANCES = {
+    "mse": lambda p, t: oracles.latent_loss(p, t, "none"),
+    "cosine": oracles_latents.cosine_distance,
+    "normalized_mse": oracles_latents.normalized_square,
+}
+PREDICTIONS = ("epsilon", "x0", "v")
 reductions = st.sampled_from(REDUCTIONS)
 counts = st.one_of(st.none(), st.sampled_from([0.5, 3.0, 1e4]))
 
@@ -185,6 +195,217 @@ def test_latent_gradient_is_exactly_zero_at_the_target():
     assert not got.any()
 
 
+# --- distances and weights --------------------------------------------------------------------
+
+
+def reduced(values, reduction, count):
+    values = np.asarray(values)
+    if reduction == "none":
+        return values
+    return values.sum() / (1 if reduction == "sum" else count or values.size)
+
+
+@quick
+@given(latents(), st.sampled_from(list(DISTANCES)), st.sampled_from(REDUCTIONS[:3]), counts, seeds)
+def test_distances(target, distance, reduction, count, seed):
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)).double()
+    prediction = target + noise
+    got = cv.latent_loss(prediction, target, distance=distance, reduction=reduction, count=count)
+    expected = reduced(DISTANCES[distance](prediction, target), reduction, count)
+    np.testing.assert_allclose(array(got), expected, rtol=1e-9, atol=1e-13)
+
+
+@quick
+@given(latents(), st.sampled_from(list(DISTANCES)), st.sampled_from(REDUCTIONS[:3]), counts, seeds)
+def test_weights_multiply_rows_and_not_the_denominator(target, distance, reduction, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(target.shape, generator=generator).double()
+    weight = torch.rand(len(target), generator=generator).double() * 5
+    options = {"distance": distance, "reduction": reduction, "count": count}
+    got = cv.latent_loss(prediction, target, weight=weight, **options)
+    each = DISTANCES[distance](prediction, target)
+    each = each * array(weight).reshape(-1, *[1] * (each.ndim - 1))
+    np.testing.assert_allclose(array(got), reduced(each, reduction, count), rtol=1e-9, atol=1e-13)
+
+
+def test_weights_of_nats():
+    prediction, target = torch.randn(2, 3, 4).double()
+    weight, variance = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, 1, 2, 3]).double()
+    got = cv.latent_loss(prediction, target, weight=weight, reduction="nats", variance=variance)
+    rows = ((prediction - target).square() / (2 * variance)).sum(dim=1)
+    torch.testing.assert_close(got, (rows * weight).sum() / 3)
+    assert cv.latent_loss(prediction.float(), target.float(), weight=weight.double()).dtype == (
+        torch.float32
+    )
+
+
+def test_the_normalized_mse_is_the_hosts():
+    """`F.mse_loss` of both vectors through `F.normalize(p=2, dim=-1, eps=1e-8)`."""
+    prediction, target = torch.randn(2, 5, 3, 4)
+    prediction[0, 0], target[1, 1], prediction[2, 2] = 0.0, 0.0, 1e-9
+    unit = [nn.functional.normalize(x, p=2, dim=-1, eps=1e-8) for x in (prediction, target)]
+    got = cv.latent_loss(prediction, target, distance="normalized_mse")
+    torch.testing.assert_close(got, nn.functional.mse_loss(*unit))
+    got = cv.latent_loss(prediction, target, distance="cosine", reduction="none")
+    expected = 1 - nn.functional.cosine_similarity(*unit, dim=-1)
+    nonzero = torch.ones(5, 3).bool()
+    nonzero[0, 0] = nonzero[1, 1] = nonzero[2, 2] = False
+    torch.testing.assert_close(got[nonzero], expected[nonzero])
+    assert got[0, 0] == got[1, 1] == 1
+
+
+@quick
+@given(latents(scale=3.0), seeds)
+def test_the_normalized_square_is_twice_the_cosine_distance(target, seed):
+    prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)).double()
+    options = {"reduction": "none"}
+    cosine = cv.latent_loss(prediction, target, distance="cosine", **options)
+    square = cv.latent_loss(prediction, target, distance="normalized_mse", **options)
+    torch.testing.assert_close(square.sum(dim=-1), 2 * cosine)
+    assert cosine.shape == target.shape[:-1] and square.shape == target.shape
+    assert (cosine > -1e-12).all() and (cosine < 2 + 1e-12).all()
+
+
+@pytest.mark.parametrize("distance", ["cosine", "normalized_mse"])
+def test_distances_of_directions_train_no_norm(distance):
+    prediction, target = torch.randn(2, 4, 3).double()
+    prediction.requires_grad_()
+    loss = cv.latent_loss(prediction, target, distance=distance)
+    torch.testing.assert_close(cv.latent_loss(7 * prediction, target / 3, distance=distance), loss)
+    (got,) = gradient(loss, prediction)
+    assert (got * prediction).sum(dim=1).abs().max() < 1e-15 < got.abs().max()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 2)])
+def test_distance_gradcheck(distance, shape):
+    inputs = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True).unbind()
+    weight = torch.rand(shape[0]).double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p, t, w: cv.latent_loss(p, t, distance=distance, weight=w), (*inputs, weight)
+    )
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 1e4])
+def test_distance_gradients_are_finite(distance, dtype, scale):
+    prediction = (torch.randn(4, 3) * scale).to(dtype)
+    prediction[0], prediction[1] = 0.0, prediction[2]
+    prediction.requires_grad_()
+    for target in (torch.zeros(4, 3), torch.ones(4, 3), prediction.detach().float()):
+        loss = cv.latent_loss(prediction, target.to(dtype), distance=distance)
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        assert gradient(loss, prediction)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_no_latent_has_no_distance(distance):
+    prediction = torch.zeros(0, 4, requires_grad=True)
+    for weight in (None, torch.zeros(0)):
+        loss = cv.latent_loss(prediction, torch.zeros(0, 4), distance=distance, weight=weight)
+        assert loss.item() == 0 and loss.requires_grad
+
+
+BAD_WEIGHTS = [
+    (
+        torch.ones(3),
+        r"`weight` must be floats of shape \[2\], one for each row, got .*float32 \[3\]",
+    ),
+    (torch.ones(2, 1), r"`weight` must be floats .* got torch.float32 \[2, 1\]"),
+    (torch.ones(2).long(), r"`weight` must be floats .* got torch.int64 \[2\]"),
+    (torch.tensor([1.0, -1e-3]), "`weight` must be at least 0 in every row, got negative or NaN"),
+    (torch.tensor([math.nan, 1.0]), "`weight` must be at least 0 in every row"),
+]
+
+
+@pytest.mark.parametrize(("weight", "expected"), BAD_WEIGHTS)
+@pytest.mark.unhooked
+def test_bad_weights(weight, expected):
+    with pytest.raises(ValueError, match=expected):
+        cv.latent_loss(torch.zeros(2, 4), torch.zeros(2, 4), weight=weight)
+    with cv.check_values(False):
+        cv.latent_loss(torch.zeros(2, 4), torch.zeros(2, 4), weight=torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.unhooked
+def test_distances_broadcast_nothing():
+    expected = (
+        r"`prediction` and `target` must have equal shapes, got \[2, 1, 4\] and \[2, 4\]; drop"
+    )
+    with pytest.raises(ValueError, match=expected):
+        cv.latent_loss(torch.zeros(2, 1, 4), torch.zeros(2, 4))
+
+
+@pytest.mark.unhooked
+def test_unknown_distances():
+    with pytest.raises(ValueError, match="`distance` is 'cosin'; did you mean 'cosine'"):
+        cv.latent_loss(torch.zeros(2, 4), torch.zeros(2, 4), distance="cosin")
+
+
+@pytest.mark.parametrize("distance", ["cosine", "normalized_mse"])
+def test_nats_of_a_direction_are_refused(distance):
+    with pytest.raises(ValueError, match=f"reduction='nats' .* distance='{distance}' is not: use"):
+        cv.latent_loss(torch.ones(2, 4), torch.ones(2, 4), distance=distance, reduction="nats")
+
+
+# --- min-SNR ----------------------------------------------------------------------------------
+
+
+def table(snr, gamma):
+    cut = min(snr, gamma)
+    return {"x0": cut, "epsilon": cut / snr, "v": cut / (snr + 1)}
+
+
+@pytest.mark.parametrize("space", PREDICTIONS)
+@pytest.mark.parametrize("gamma", [None, 1, 5.0, 20.0])
+def test_min_snr_weights(space, gamma):
+    time = torch.tensor([0.01, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99]).double()
+    process = cv.LatentProcess("continuous_cosine", prediction="x0" if space == "v" else "v")
+    snr = 1 / np.tan(np.pi / 2 * array(time)) ** 2
+    options = {} if gamma is None else {"gamma": gamma}
+    expected = [table(s, gamma or 5.0)[space] for s in snr]
+    got = min_snr_weight(process, time, space=space, **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    own = cv.LatentProcess("continuous_cosine", prediction=space)
+    assert torch.equal(min_snr_weight(own, time, **options), got)
+
+
+def test_min_snr_weights_at_the_ends():
+    ends = torch.tensor([0.0, 1.0])
+    expected = {"x0": [5.0, 0.0], "epsilon": [0.0, 1.0], "v": [0.0, 0.0]}
+    for space, values in expected.items():
+        got = min_snr_weight(cv.LatentProcess("continuous_cosine"), ends, space=space)
+        assert got.tolist() == values
+
+
+@quick
+@given(st.floats(0.05, 0.95), seeds)
+def test_the_weighted_loss_is_the_same_in_each_space(t, seed):
+    process = cv.LatentProcess("cosine")
+    time = torch.full((3,), t, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    z, noise, wrong = torch.randn(3, 3, 4, generator=generator).double()
+    z_t, scales = process.noised(z, noise, time), process.alpha_sigma(time)
+    losses = []
+    for space in PREDICTIONS:
+        prediction = cv.convert(wrong, z_t, *scales, source="x0", target=space)
+        target = process.target(z, noise, time, space=space)
+        weight = min_snr_weight(process, time, space=space)
+        losses.append(cv.latent_loss(prediction, target, weight=weight, reduction="nats"))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+
+
+@pytest.mark.unhooked
+def test_bad_min_snr():
+    time = torch.ones(1)
+    with pytest.raises(ValueError, match="`gamma` must be above 0"):
+        min_snr_weight(cv.LatentProcess(), time, gamma=0.0)
+    with pytest.raises(ValueError, match="`space` is 'epsilo'; did you mean 'epsilon'"):
+        min_snr_weight(cv.LatentProcess(), time, space="epsilo")
+
+
 # --- counts -----------------------------------------------------------------------------------
 
 
@@ -299,6 +520,134 @@ def test_t2l_loss_draws_stratified_times_for_none():
     cv.t2l_loss(spy, *batch, text_process=text, latent_process=process, time=None, generator=seed)
     times = spy.calls[0]["latent_time"].sort().values
     assert (times.mul(8).ceil() == torch.arange(1, 9)).all()
+
+
+def t2l_loss(spy, process, batch=None, **options):
+    return cv.t2l_loss(
+        spy, *(batch or pairs()), text_process=toy()[1], latent_process=process, **options
+    )
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("space", PREDICTIONS)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("min_snr", [None, 2.0])
+def test_t2l_loss_in_every_space(prediction, space, distance, min_snr):
+    spy, _, process = toy(prediction)
+    _, z, _ = pairs()
+    noise, time = torch.randn(3, 4).double(), torch.tensor([0.2, 0.5, 0.8]).double()
+    options = {"distance": distance, "min_snr": min_snr, "space": space}
+    got = t2l_loss(spy, process, time=time, noise=noise, **options)
+    (call,) = spy.calls
+    said = spy.denoiser.denoise(**call).latent_prediction
+    alpha, sigma = process.alpha_sigma(time)
+    said = oracles.convert(said, call["latents"], alpha, sigma, prediction, space)
+    a, s = alpha[:, None], sigma[:, None]
+    target = {"epsilon": noise, "x0": z, "v": a * noise - s * z}[space]
+    each = DISTANCES[distance](torch.from_numpy(said), target)
+    if min_snr is not None:
+        snr = array(alpha / sigma) ** 2
+        weight = np.array([table(x, min_snr)[space] for x in snr])
+        each = each * weight.reshape(-1, *[1] * (each.ndim - 1))
+    close(got, each.mean())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_t2l_loss_weighted_by_min_snr_is_one_loss(prediction):
+    spy, _, process = toy(prediction)
+    options = {"time": 0.4, "noise": torch.randn(3, 4).double(), "min_snr": 5.0}
+    x0, epsilon, v, own = (
+        t2l_loss(spy, process, space=space, **options) for space in ("x0", "epsilon", "v", None)
+    )
+    torch.testing.assert_close(x0, epsilon, rtol=1e-5, atol=0)
+    torch.testing.assert_close(x0, v, rtol=1e-5, atol=0)
+    torch.testing.assert_close(x0, own, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("space", PREDICTIONS)
+def test_t2l_gradient_in_every_space(space):
+    """The gradient is `1/S`-fold, and so on, of that in the own space: errors scale."""
+    spy, _, process = toy("v")
+    parameters = list(spy.module.latent_head.parameters())
+    options = {"time": 0.6, "noise": torch.randn(3, 4).double()}
+    own = gradient(t2l_loss(spy, process, **options), *parameters)
+    snr = float(process.snr(torch.tensor([0.6])))
+    factor = {"x0": 1 / (1 + snr), "epsilon": snr / (1 + snr), "v": 1.0}[space]
+    got = gradient(t2l_loss(spy, process, space=space, **options), *parameters)
+    for value, expected in zip(got, own, strict=True):
+        torch.testing.assert_close(value, factor * expected, rtol=1e-5, atol=1e-12)
+
+
+def test_t2l_loss_draws_times_from_a_policy():
+    spy, _, process = toy()
+    policy = TimePolicy("logit_normal", high=anneal(0.4, 0.9, steps=10), mean=1.0)
+    for step in (0, 10):
+        seed = torch.Generator().manual_seed(0)
+        t2l_loss(spy, process, pairs(rows=8), time=policy, step=step, generator=seed)
+        expected = policy(8, step=step, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(spy.calls.pop()["latent_time"], expected)
+    t2l_loss(spy, process, time=TimePolicy(high=policy.high))
+    assert spy.calls.pop()["latent_time"].tolist() == [pytest.approx(0.4)] * 3  # step 0
+    first = t2l_loss(spy, process, time=None, generator=torch.Generator().manual_seed(0))
+    again = t2l_loss(
+        spy, process, time=TimePolicy("uniform"), generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_t2l_loss_on_the_meta_device(distance):
+    denoiser, text, process = toy_denoiser()
+    denoiser.module.to("meta")
+    tokens, z, mask = (x.to("meta") for x in pairs())
+    options = {"time": None, "space": "x0", "min_snr": 5.0, "distance": distance}
+    options |= {"text_process": text, "latent_process": process}
+    assert cv.t2l_loss(denoiser, tokens, z.float(), mask, **options).is_meta
+
+
+@pytest.mark.parametrize(
+    ("prediction", "space", "time", "high"),
+    [
+        ("epsilon", "x0", 1.0, True),
+        ("epsilon", "v", torch.tensor([0.1, 0.2, 0.95]), True),
+        ("epsilon", "x0", None, True),
+        ("epsilon", "v", TimePolicy("logit_normal"), True),
+        ("epsilon", "x0", TimePolicy("uniform", high=lambda step: 0.95), True),
+        ("x0", "epsilon", 0.001, False),
+        ("x0", "v", None, False),
+        ("x0", "v", TimePolicy("logit_normal", low=0.001, high=0.9), False),
+        ("x0", "epsilon", torch.tensor([0.001, 0.5, 0.95]), False),
+    ],
+)
+def test_t2l_loss_refuses_spaces_before_any_pass_or_draw(prediction, space, time, high):
+    spy, _, process = toy(prediction)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    expected = "predict `v` or `x0`" if high else "compute the loss in the space of the prediction"
+    refused = pytest.raises(ValueError, match=rf"above max_gain = 10.*{expected}")
+    with cv.check_values(None if isinstance(time, torch.Tensor) else False), refused:
+        t2l_loss(spy, process, time=time, space=space, generator=generator)
+    assert not spy.calls and torch.equal(generator.get_state(), before)
+    t2l_loss(spy, process, time=time)
+    inside = TimePolicy("uniform", low=0.1, high=0.9)
+    t2l_loss(spy, process, time=inside, space=space)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"distance": "mes"}, "`distance` is 'mes'; did you mean 'mse'"),
+        ({"space": "x_0"}, "`space` is 'x_0'; did you mean 'x0'"),
+        ({"min_snr": 0.0}, "`min_snr` must be above 0"),
+        ({"min_snr": -1.0}, "`min_snr` must be a finite number"),
+    ],
+)
+@pytest.mark.unhooked
+def test_t2l_options_are_refused_before_any_pass(options, expected):
+    spy, _, process = toy()
+    with pytest.raises(ValueError, match=expected):
+        t2l_loss(spy, process, **options)
+    assert not spy.calls
 
 
 def test_base_losses_split_into_steps_have_the_gradient_of_the_whole():
@@ -458,15 +807,15 @@ class Blind(nn.Module):
 def test_the_bound_of_a_blind_decoder_is_its_full_mask_cross_entropy():
     """`P(masked) = r` cancels `1/r`: the bound's mean is the loss at full mask, in nats."""
     text, process = toy()[1:]
-    tokens, z, mask = pairs(rows=16)
+    tokens, z, mask = pairs(rows=160)
     blind, seed = cv.as_denoiser(Blind()), torch.Generator().manual_seed(0)
     full = unconditional(blind, text, process, (tokens, z, mask), text_time=1.0).text.item()
-    logits = blind.module.logits[: tokens.shape[1]].expand(16, -1, -1)
+    logits = blind.module.logits[: tokens.shape[1]].expand(160, -1, -1)
     assert full == pytest.approx(oracles.text_loss(logits, tokens, mask), rel=1e-6)
     with torch.no_grad():
         draws = [
             unconditional(blind, text, process, (tokens, z, mask), generator=seed).text.item()
-            for _ in range(1500)
+            for _ in range(150)
         ]
     assert_near_mean(draws, full)
     assert np.std(draws) / math.sqrt(len(draws)) < 0.02 * full  # or the test could not fail
@@ -478,3 +827,59 @@ def test_a_rate_of_zero_masks_nothing_and_costs_nothing():
     assert losses.text.item() == 0
     tiny = unconditional(spy, text, process, pairs(), text_time=1e-30)
     assert math.isfinite(tiny.text.item())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "nats"])
+def test_unconditional_reductions(reduction):
+    spy, text, process = toy()
+    tokens, z, mask = pairs(rows=4)
+    has_text = torch.tensor([True, True, False, True])
+    has_latent = torch.tensor([True, False, False, True])
+    rate, noise = torch.tensor([0.3, 0.9, 1.0, 0.5]).double(), torch.randn(4, 4).double()
+    options = {"text_time": rate, "latent_time": 0.5, "noise": noise, "reduction": reduction}
+    options |= {"has_text": has_text, "has_latent": has_latent}
+    draw = {"generator": torch.Generator().manual_seed(0)}
+    got = unconditional(spy, text, process, (tokens, z, mask), **options, **draw)
+    out = spy.denoiser.denoise(**spy.calls[0])
+    kept = mask & has_text[:, None]
+    nll = oracles.token_nll(out.logits, tokens, (spy.calls[0]["tokens"] == 2) & kept)
+    total = (nll / array(rate)[:, None]).sum()
+    square = oracles.latent_loss(
+        out.latent_prediction, process.target(z, noise, torch.full((4,), 0.5).double()), "none"
+    )[array(has_latent) > 0]
+    texts = {"mean": int(kept.sum()), "sum": 1, "nats": 3}[reduction]
+    rows = {"mean": 8, "sum": 1, "nats": 4}[reduction]  # nats: half the square, over two rows
+    close(got.text, total / texts)
+    close(got.latent, square.sum() / rows, 1e-6)
+    if reduction == "nats":
+        counts = {"text_count": 6.0, "latent_count": 4.0}
+        draw = {"generator": torch.Generator().manual_seed(0)}
+        halved = unconditional(spy, text, process, (tokens, z, mask), **options, **draw, **counts)
+        torch.testing.assert_close(halved.text, got.text / 2)
+        torch.testing.assert_close(halved.latent, got.latent / 2)
+
+
+@pytest.mark.unhooked
+def test_unconditional_loss_has_no_reduction_none():
+    spy, text, process = toy()
+    with pytest.raises(ValueError, match="`reduction` is 'none'; known are 'mean', 'nats', 'sum'"):
+        unconditional(spy, text, process, pairs(), reduction="none")
+    assert not spy.calls
+
+
+def test_a_text_that_is_left_out_trains_the_latent_of_its_row_without_it():
+    """The state a learned prior asks for: a latent beside a fully masked text."""
+    spy, text, process = toy()
+    tokens, z, mask = pairs(rows=4)
+    null = torch.tensor([False, True, True, False])
+    options = {"text_time": 0.5, "latent_time": 0.5, "noise": torch.randn(4, 4).double()}
+    losses = unconditional(spy, text, process, (tokens, z, mask), has_text=~null, **options)
+    (call,) = spy.calls
+    assert torch.equal(call["tokens"][null], torch.where(mask, 2, 0)[null])
+    assert call["text_time"].tolist() == [0.5, 1.0, 1.0, 0.5]
+    out = spy.denoiser.denoise(**call)
+    kept = mask & ~null[:, None]  # the denominator counts the other rows alone
+    masked = (call["tokens"] == 2) & kept
+    close(losses.text, oracles.masked_bound(out.logits, tokens, masked, [0.5] * 4, kept), 1e-6)
+    target = process.target(z, options["noise"], call["latent_time"])
+    close(losses.latent, oracles.latent_loss(out.latent_prediction, target), 1e-6)

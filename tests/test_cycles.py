@@ -7,12 +7,15 @@ from torch import nn
 
 import cyclevae as cv
 import oracles
+from cyclevae.bridges import TextBridge
+from cyclevae.latent_bridges import LatentBridge, encode_text
 from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
 from oracles import Spy
 from strategies import quick, seeds
 
 FULL = cv.GradientPolicy(bridge="full")
 DETACH = cv.GradientPolicy()
+LAST = cv.GradientPolicy(bridge="last")
 V = cv.LatentProcess(prediction="v", shape=(4,))
 EPSILON = cv.LatentProcess(prediction="epsilon", shape=(4,))
 
@@ -211,6 +214,73 @@ def test_latents_of_three_axes():
 
 
 @pytest.mark.parametrize("make", [towers, shared])
+def test_last_and_full_are_one_policy_where_one_pass_makes_the_bridge(make):
+    spy = make()
+    last, full = text_cycle(spy, policy=LAST), text_cycle(spy, policy=FULL)
+    assert torch.equal(last, full)
+    assert_same(gradients(last, spy.module), gradients(full, spy.module))
+
+
+@pytest.mark.parametrize("policy", [DETACH, LAST, FULL])
+@pytest.mark.parametrize("prediction", ["v", "x0", "epsilon"])
+def test_text_cycle_decodes_what_a_bridge_of_some_steps_writes(policy, prediction):
+    spy, process = shared(), cv.LatentProcess(prediction=prediction, shape=(4,))
+    bridge = LatentBridge(steps=3, threshold=1.0, norm=1.5)
+    options = {"process": process, "time": 0.8, "policy": policy}
+    loss = text_cycle(spy, bridge=bridge, **options)
+    *encodes, l2t = spy.calls
+    assert [call["need"] for call in encodes] == ["latents"] * 3 and l2t["need"] == "logits"
+    times = torch.tensor([call["latent_time"][0] for call in encodes])
+    torch.testing.assert_close(times, 0.8 * torch.tensor([1, 2 / 3, 1 / 3]))
+    z_hat = encode_text(
+        spy,
+        TOKENS,
+        MASK,
+        text_process=TEXT,
+        latent_process=process,
+        noise=NOISE,
+        bridge=bridge,
+        time=0.8,
+        policy=policy,
+    )
+    assert torch.equal(l2t["latents"], z_hat)
+    torch.testing.assert_close(z_hat.norm(dim=1), torch.full((3,), 1.5).double())
+    halves = text_cycle(spy, z_hat=z_hat, **options)
+    assert torch.equal(halves, loss)
+    assert_same(gradients(halves, spy.module), gradients(loss, spy.module))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_noise_crosses_to_the_decoder_alone(given):
+    """Of a `z_hat` that is given, the bridge's steps, threshold and norm are the caller's."""
+    spy, bridge = shared(), LatentBridge(noise=0.5, threshold=0.1, norm=3.0, steps=2)
+    z_hat = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+    generator = torch.Generator().manual_seed(0)
+    options = {"z_hat": z_hat} if given else {}
+    text_cycle(spy, bridge=bridge, generator=generator, **options)
+    assert len(spy.calls) == (1 if given else 3)
+    clean = z_hat
+    if not given:
+        spy_calls = [call["latents"] for call in spy.calls[:2]]
+        quiet = text_cycle(spy, bridge=LatentBridge(threshold=0.1, norm=3.0, steps=2))
+        assert all(
+            torch.equal(a, b["latents"]) for a, b in zip(spy_calls, spy.calls[3:5], strict=True)
+        )
+        clean = spy.calls[5]["latents"]
+        assert quiet.isfinite()
+    crossed = spy.calls[0 if given else 2]["latents"]
+    drawn = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(crossed, clean + 0.5 * drawn)
+
+
+def test_noise_at_the_bridge_lets_the_gradient_through():
+    spy = towers()
+    seed = {"generator": torch.Generator().manual_seed(0)}
+    loss = text_cycle(spy, bridge=LatentBridge(noise=0.1), policy=FULL, **seed)
+    assert_learns(loss, parts(spy, "encoder"))
+
+
+@pytest.mark.parametrize("make", [towers, shared])
 @pytest.mark.parametrize("policy", [DETACH, FULL])
 def test_text_cycle_takes_its_first_half(make, policy):
     spy = make()
@@ -223,11 +293,12 @@ def test_text_cycle_takes_its_first_half(make, policy):
     assert_same(gradients(halves, spy.module), gradients(whole, spy.module))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.02])
-@pytest.mark.parametrize("bridge", ["argmax", "categorical"])
-def test_latent_cycle_takes_its_first_half(bridge, temperature):
+@pytest.mark.parametrize(
+    "bridge", ["argmax", "categorical", TextBridge("categorical", temperature=0.02)]
+)
+def test_latent_cycle_takes_its_first_half(bridge):
     spy = shared()
-    options = {"bridge": bridge, "temperature": temperature}
+    options = {"bridge": bridge}
     whole = latent_cycle(spy, generator=torch.Generator().manual_seed(3), **options)
     y_hat = cv.pseudo_text(
         cv.l2t(spy, LATENTS, MASK, text_process=TEXT),
@@ -335,6 +406,9 @@ TEXT_POLICIES = [
     (cv.GradientPolicy("full", freeze=("decoder.*",)), ENCODER),
     (cv.GradientPolicy("full", freeze_bridge=("encoder.*",)), DECODER),
     (cv.GradientPolicy("full", freeze=("*",)), ENCODER),
+    (LAST, ENCODER | DECODER),
+    (cv.GradientPolicy("last", freeze=("*",)), ENCODER),
+    (cv.GradientPolicy("last", freeze_bridge=("encoder.*",)), DECODER),
     (cv.GradientPolicy("full", freeze_bridge=("*",)), DECODER),
     (DETACH, DECODER),
     (cv.GradientPolicy(freeze=("*.word.weight",)), DECODER - {"decoder.net.word.weight"}),
@@ -355,9 +429,11 @@ def assert_exactly(loss, spy, learns):
 
 
 @pytest.mark.parametrize(("policy", "learns"), TEXT_POLICIES)
-def test_text_policies(policy, learns):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_text_policies(policy, learns, steps):
     spy = towers()
-    assert_exactly(text_cycle(spy, policy=policy), spy, learns)
+    loss = text_cycle(spy, policy=policy, bridge=LatentBridge(steps=steps))
+    assert_exactly(loss, spy, learns)
     assert all(p.requires_grad for p in spy.module.parameters())
 
 

@@ -528,16 +528,23 @@ def test_a_collection_of_patterns_is_refused(untyped):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"bridge": "stop"}, r"`bridge` must be 'detach' .* or 'full' .*, got 'stop'"),
+        ({"bridge": "stop"}, r"`bridge` must be 'detach' .*'last' .* or 'full' .*, got 'stop'"),
         ({"freeze": "decoder.*"}, r"bare string 'decoder.\*': write \('decoder.\*',\)"),
         ({"bridge": "full", "freeze_bridge": "a.*"}, r"`freeze_bridge` .* write \('a.\*',\)"),
         ({"freeze": ["decoder.*"]}, r"`freeze` must be a tuple of shell patterns .*\['decoder"),
         ({"freeze": (3,)}, r"`freeze` must be a tuple of shell patterns .*\(3,\)"),
-        ({"freeze_bridge": ("a.*",)}, r"no meaning with bridge='detach'.* or set bridge='full'"),
+        (
+            {"freeze_bridge": ("a.*",)},
+            r"no meaning with bridge='detach'.* set bridge='last' or 'full'",
+        ),
         ({"freeze": ("*",)}, r"nothing would learn with bridge='detach'"),
         (
             {"bridge": "full", "freeze": ("a.*", "*"), "freeze_bridge": ("*",)},
             r"nothing would learn with bridge='full'",
+        ),
+        (
+            {"bridge": "last", "freeze": ("*",), "freeze_bridge": ("*",)},
+            r"nothing would learn with bridge='last'",
         ),
     ],
 )
@@ -551,8 +558,29 @@ def test_policies_that_make_sense():
     GradientPolicy(freeze=("decoder.*",))
     GradientPolicy(bridge="full", freeze=("*",))
     GradientPolicy(bridge="full", freeze=("decoder.*",), freeze_bridge=("*",))
+    GradientPolicy(bridge="last", freeze=("*",))
+    GradientPolicy(bridge="last", freeze=("decoder.*",), freeze_bridge=("encoder.*",))
     with pytest.raises(AttributeError):
         GradientPolicy().bridge = "full"
+
+
+@pytest.mark.parametrize("bridge", ["detach", "last", "full"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("patterns", [(), ("blocks.*",)])
+def test_a_pass_of_the_bridge_learns_as_the_policy_says(bridge, last, patterns):
+    if bridge == "detach" and patterns:
+        return
+    model, policy = toy(), GradientPolicy(bridge, freeze_bridge=patterns)
+    with policy.bridge_pass(model, last=last):
+        loss = model(data()[0], "t2l").square().sum()
+    learns = {"detach": False, "last": last, "full": True}[bridge]
+    assert loss.requires_grad == learns
+    if learns:
+        assert_learns(loss, model.to_latent.named_parameters())
+        (assert_frozen if patterns else assert_learns)(loss, model.blocks.named_parameters())
+    with policy.bridge_pass(model):  # the last one, if nothing is said
+        assert model(data()[0], "t2l").requires_grad == (bridge != "detach")
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
 
 
 # The asserts.

@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 import cyclevae as cv
 import oracles
-from cyclevae.latent_process import noise_latents
-from cyclevae.times import stratified_times
+from cyclevae.latent_process import direction, noise_latents
 from strategies import latents, masks, quick, seeds
 
 PREDICTIONS = ("epsilon", "x0", "v")
@@ -131,6 +129,7 @@ def test_conversion_to_itself_is_the_identity():
 
 @pytest.mark.parametrize("time", [0.2, 0.9])
 def test_errors_of_the_three_predictions(time):
+    """`||d eps||^2 = S ||dz||^2` and `||dv||^2 = (1 + S) ||dz||^2`."""
     known, z_t, alpha, sigma = noised_at(time)
     wrong = known["x0"] + randn(4, 3, 2, seed=2)
     error = {
@@ -142,6 +141,100 @@ def test_errors_of_the_three_predictions(time):
     on_x0, snr = (wrong - known["x0"]).square().sum(), (alpha / sigma)[0].square()
     torch.testing.assert_close(error["epsilon"], snr * on_x0)
     torch.testing.assert_close(error["v"], (1 + snr) * on_x0)
+    process = cv.LatentProcess("cosine")
+    torch.testing.assert_close(process.snr(torch.tensor([time]).double())[0], snr)
+
+
+def test_signal_to_noise_ratio():
+    alpha_bar = oracles.host_alpha_bar("cosine")[oracles.host_index([0.1, 0.5, 0.9])].astype(float)
+    time = torch.tensor([0.1, 0.5, 0.9])
+    snr = cv.LatentProcess("cosine").snr(time)
+    np.testing.assert_allclose(snr, alpha_bar / (1 - alpha_bar), rtol=1e-3)
+    ends = cv.LatentProcess("continuous_cosine").snr(torch.tensor([0.0, 0.5, 1.0]))
+    assert ends.tolist() == [math.inf, pytest.approx(1.0), 0.0]
+    gain = cv.LatentProcess("cosine").gain(time)
+    torch.testing.assert_close(snr, gain**-2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("space", PREDICTIONS)
+def test_a_prediction_in_another_space(prediction, space):
+    process = cv.LatentProcess("sigmoid", prediction=prediction)
+    known, z_t, *_ = noised_at(0.4, "sigmoid")
+    time = torch.full((4,), 0.4, dtype=torch.float64)
+    got = process.in_space(known[prediction], z_t, time, space=space)
+    torch.testing.assert_close(got, known[space])
+    target = process.target(known["x0"], known["epsilon"], time, space=space)
+    torch.testing.assert_close(target, known[space])
+    half = process.in_space(known[prediction].bfloat16(), z_t.bfloat16(), time, space=space)
+    assert half.dtype == (torch.float32 if space == prediction else torch.float64)
+
+
+def test_directions():
+    z = torch.tensor([[3.0, 4.0], [0.0, 0.0], [6e-9, 8e-9], [3e-30, 4e-30], [3e8, 4e8]])
+    unit = direction(z)
+    expected = [[0.6, 0.8], [0.0, 0.0], [0.6, 0.8], [3e-22, 4e-22], [0.6, 0.8]]
+    torch.testing.assert_close(unit, torch.tensor(expected))
+    assert direction(z.bfloat16()).dtype == direction(z.half()).dtype == torch.float32
+    assert torch.equal(direction(z[None]), unit[None])
+
+
+def test_a_vector_shorter_than_a_hundred_millionth_has_no_direction():
+    z = torch.tensor([[0.0, 0.0], [3e-9, 4e-9], [0.9e-8, 0.9e-8], [3.0, 4.0]], dtype=torch.float64)
+    z.requires_grad_()
+    unit = direction(z)
+    torch.testing.assert_close(unit[1], torch.tensor([0.3, 0.4]).double())  # times 1e8
+    torch.testing.assert_close(unit.norm(dim=1)[2:], torch.ones(2).double())
+    (slope,) = torch.autograd.grad(unit[:, 0].sum(), z)
+    assert not slope[:2].any() and slope[2].abs().max() > 1e7
+    torch.testing.assert_close(slope[3], torch.tensor([0.128, -0.096]).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-4, 1.0, 1e4])
+def test_the_gradient_of_a_direction_is_finite_and_not_radial(dtype, scale):
+    z = (randn(5, 3) * scale).to(dtype).requires_grad_()
+    (got,) = torch.autograd.grad(direction(z)[:, 0].sum(), z)
+    assert got.isfinite().all()
+    length = z.detach().double().norm(dim=1)
+    if scale in (0.0, 1e-30):
+        assert not got.any()  # too short to have a direction
+    elif dtype != torch.float16 or scale > 1e-3:
+        radial = (got * z).double().sum(dim=1)
+        assert (radial.abs() <= 4 * torch.finfo(dtype).eps).all() and got.any()
+        assert (got.double().norm(dim=1) * length <= 1.01).all()
+
+
+# --- DDIM -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "continuous_cosine"])
+@pytest.mark.parametrize("shape", [(4,), (3, 2)])
+def test_a_ddim_step_keeps_latent_and_noise(schedule, shape):
+    process, z, epsilon = cv.LatentProcess(schedule), randn(3, *shape), randn(3, *shape, seed=1)
+    time = torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    to = torch.tensor([0.4, 0.0, 0.1], dtype=torch.float64)
+    got = process.ddim(z, process.noised(z, epsilon, time), time, to)
+    torch.testing.assert_close(got, process.noised(z, epsilon, to))
+
+
+def test_a_ddim_step_is_alpha_x0_plus_sigma_epsilon():
+    process, x0, z_t = cv.LatentProcess(), randn(3, 4), randn(3, 4, seed=1)
+    time, to = torch.tensor([1.0, 0.7, 0.2]).double(), torch.tensor([0.9, 0.3, 0.1]).double()
+    got = process.ddim(x0, z_t, time, to)
+    (a, s), (b, r) = process.alpha_sigma(time), process.alpha_sigma(to)
+    for i in range(3):
+        epsilon = (z_t[i] - a[i] * x0[i]) / s[i]
+        torch.testing.assert_close(got[i], b[i] * x0[i] + r[i] * epsilon)
+    half = process.ddim(x0.bfloat16(), z_t.bfloat16(), time, to)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), got, rtol=0.02, atol=0.02)
+
+
+def test_a_ddim_step_without_noise_is_finite():
+    process, zero = cv.LatentProcess("continuous_cosine"), torch.zeros(2)
+    x0, z_t = randn(2, 4), randn(2, 4, seed=1)
+    torch.testing.assert_close(process.ddim(x0, z_t, zero, zero), x0)
 
 
 def test_v_at_full_noise_is_minus_the_latent():
@@ -229,7 +322,9 @@ def test_epsilon_above_max_gain_is_refused_with_its_cures(time):
         "above max_gain = 10",
         "predict `v` or `x0`",
         "capped time such as 0.9",
-        "DDIM steps under no_grad, the last one differentiable",
+        "TimePolicy('uniform', high=0.9)",
+        "a few DDIM steps, the last one differentiable",
+        "LatentBridge(steps=4) with GradientPolicy('last')",
     ):
         assert part in str(caught.value)
 
@@ -254,6 +349,76 @@ def test_v_and_x0_are_never_refused(prediction):
         process.refuse_ill_conditioned(1.0)
         x0 = process.to_x0(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2))
         assert torch.isfinite(x0).all()
+
+
+@pytest.mark.parametrize("space", ["x0", "v"])
+def test_epsilon_is_refused_in_every_other_space(space):
+    process, time = cv.LatentProcess(prediction="epsilon"), torch.tensor([0.95, 0.1, 1.0, 0.3])
+    with pytest.raises(ValueError, match=r"an epsilon prediction at time 1 has a gain of 6\.418"):
+        process.refuse_ill_conditioned(time, space=space)
+    with pytest.raises(ValueError, match="above max_gain"):
+        process.in_space(torch.zeros(4, 2), torch.zeros(4, 2), time, space=space)
+    process.refuse_ill_conditioned(time, space="epsilon")
+    process.in_space(torch.zeros(4, 2), torch.zeros(4, 2), time, space="epsilon")
+
+
+@pytest.mark.parametrize("space", ["epsilon", "v"])
+def test_x0_is_refused_in_another_space_near_no_noise(space):
+    process, time = cv.LatentProcess(prediction="x0"), torch.tensor([0.95, 0.01, 1.0, 0.3])
+    alpha, sigma = process.alpha_sigma(time[1:2])
+    gain = f"{float(alpha / sigma):.4g}"
+    with pytest.raises(ValueError) as caught:
+        process.refuse_ill_conditioned(time, space=space)
+    for part in (
+        f"an x0 prediction at time 0.01 has a gain of {gain}, above max_gain = 10: its error",
+        f"in the space of '{space}'. Ways out: compute the loss in the space of the prediction",
+        "TimePolicy('uniform', low=0.1)",
+    ):
+        assert part in str(caught.value)
+    assert "DDIM" not in str(caught.value)
+    process.refuse_ill_conditioned(0.1, space=space)
+    process.refuse_ill_conditioned(0.0, space="x0")
+    with pytest.raises(ValueError, match="gain of inf"):
+        cv.LatentProcess("continuous_cosine", "x0").refuse_ill_conditioned(0.0, space=space)
+
+
+def test_the_clean_latent_is_the_space_by_default():
+    cv.LatentProcess("continuous_cosine", "x0").refuse_ill_conditioned(0.0)
+
+
+@pytest.mark.unhooked
+def test_shapes_are_equal_or_refused():
+    process, time, wide, flat = (
+        cv.LatentProcess(),
+        torch.ones(2),
+        torch.zeros(2, 1, 3),
+        torch.ones(2, 3),
+    )
+    calls = {
+        ("noise", "latents"): lambda: process.target(flat, wide, time),
+        ("prediction", "z_t"): lambda: process.in_space(wide, flat, time, space="x0"),
+        ("x0", "z_t"): lambda: process.ddim(wide, flat, time, time / 2),
+    }
+    for (first, second), call in calls.items():
+        expected = rf"`{first}` and `{second}` must have equal shapes.*; drop the middle axis"
+        with pytest.raises(ValueError, match=expected):
+            call()
+
+
+@pytest.mark.parametrize("space", PREDICTIONS)
+@pytest.mark.parametrize("time", [0.0, 1.0])
+def test_v_is_never_refused_in_any_space(space, time):
+    cv.LatentProcess("continuous_cosine", "v").refuse_ill_conditioned(time, space=space)
+
+
+def test_a_gain_of_exactly_max_gain_is_allowed():
+    own = cv.LatentProcess(lambda t: (1 / (1 + t), t / (1 + t)), prediction="epsilon", max_gain=0.5)
+    own.refuse_ill_conditioned(0.5)
+    with pytest.raises(ValueError, match=r"gain of 0\.6"):
+        own.refuse_ill_conditioned(0.6)
+    undefined = cv.LatentProcess(lambda t: (0 * t, 0 * t), prediction="epsilon")
+    with pytest.raises(ValueError, match="gain of nan"):
+        undefined.refuse_ill_conditioned(0.5)
 
 
 def test_max_gain_is_the_line():
@@ -394,31 +559,3 @@ def test_from_tokenizer_without_a_mask_token(tokenizer):
 def test_ids_out_of_range(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         cv.TextProcess(**{"mask_id": 2, "vocab_size": 7, **arguments})
-
-
-# --- times ------------------------------------------------------------------------------------
-
-
-@quick
-@given(st.integers(1, 300), seeds)
-def test_stratified_times_fill_every_stratum(rows, seed):
-    times = stratified_times(rows, generator=torch.Generator().manual_seed(seed)).double()
-    assert (times >= 0).all() and (times <= 1).all()
-    lower = times.sort().values - torch.arange(rows).double() / rows
-    assert (lower > -1e-5).all() and (lower < 1 / rows + 1e-5).all()
-
-
-def test_stratified_times_are_uniform_in_every_row():
-    generator = torch.Generator().manual_seed(0)
-    times = torch.stack([stratified_times(4, generator=generator) for _ in range(2000)])
-    error = 4 * math.sqrt(1 / 12 / 2000)
-    assert (times.mean(dim=0) - 0.5).abs().max() < error
-    assert (times.var(dim=0) - 1 / 12).abs().max() < 0.01
-    assert stats.kstest((times[:, 0] * 4 % 1).numpy(), "uniform").pvalue > 1e-3
-    assert torch.corrcoef(times.T)[0, 1] < 0  # two rows never share a stratum
-
-
-def test_stratified_times_are_reproducible():
-    first, again = (stratified_times(5, generator=torch.Generator().manual_seed(0)) for _ in "ab")
-    assert torch.equal(first, again)
-    assert stratified_times(0).shape == (0,)

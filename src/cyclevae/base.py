@@ -1,6 +1,6 @@
 """The losses both directions are trained with anyway, and the two formulas all others share."""
 
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from cyclevae._types import (
     Loss,
     MaskLike,
     Number,
+    Prediction,
     Reduction,
     Rows,
     Scalar,
@@ -24,10 +25,12 @@ from cyclevae._types import (
     Tokens,
 )
 from cyclevae.denoiser import Denoiser
-from cyclevae.latent_process import LatentProcess
+from cyclevae.latent_process import LatentProcess, direction
 from cyclevae.passes import joint, l2t, only_present, t2l
 from cyclevae.text_process import TextProcess
-from cyclevae.times import stratified_times
+from cyclevae.times import TimePolicy
+
+LatentDistance = Literal["mse", "cosine", "normalized_mse"]
 
 
 def text_loss(
@@ -77,36 +80,109 @@ def latent_loss(
     prediction: Latents,
     target: Latents,
     *,
+    distance: LatentDistance = "mse",
+    weight: Time | None = None,
     variance: Number | Tensor = 1.0,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """Squared error of latents, in fp32 or better.
+    """Distance of latents, in fp32 or better.
 
-    `mean`: `1/(b d) sum ||prediction - target||^2`.
+    `mse`: `1/(b d) sum ||prediction - target||^2`. `cosine`: `1 - cos(prediction, target)` over the
+    last axis, averaged over vectors. `normalized_mse`: the squared error of the vectors scaled to
+    norm 1, averaged over elements, which is `2/d` times `cosine`. The last two train no norm: a
+    bridge read off such a model has the right direction and any length (see `LatentBridge.norm`).
+    A vector shorter than 1e-8 has no direction, and gets no gradient from them.
 
     Args:
         prediction: `[b, d]` or `[b, n, d]`.
         target: of equal shape; nothing is broadcast.
+        distance: `mse`, `cosine` or `normalized_mse`.
+        weight: of each row `[b]`, such as `min_snr_weight`; the denominator stays the same.
         variance: of the Gaussian whose negative log-density `nats` is, a number or `[d]`.
-        reduction: `mean` over elements, `sum`, `none` (the shape of the latents) or `nats` (half
-            the squared error over `variance`, summed over dimensions, mean over rows).
+        reduction: `mean` over elements (`cosine`: vectors), `sum`, `none` (the shape of the
+            latents; `cosine`: without the last axis) or, for `mse`, `nats` (half the squared error
+            over `variance`, summed over dimensions, mean over rows).
         count: the denominator in place of this batch's own: see `text_loss`.
 
     Raises:
-        ValueError: unequal shapes, an unknown reduction, a variance that is not above 0.
+        ValueError: unequal shapes, an unknown distance or reduction, `nats` of another distance
+            than `mse`, a negative weight, a variance that is not above 0.
+
+    Reference: `normalized_mse` is the latent loss of LGDLM's trainer, with its 1e-8,
+    https://github.com/Joshua-Zhang-Jiaquan/LGDLM.
 
     Examples:
         >>> import torch
-        >>> latent_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+        >>> prediction, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+        >>> latent_loss(prediction, target)
         tensor(5.)
-        >>> latent_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2), reduction="nats")
+        >>> latent_loss(prediction, target, reduction="nats")
         tensor(5.)
+        >>> latent_loss(prediction, torch.tensor([[3.0, -1.0]]), distance="cosine")
+        tensor(1.)
     """
     _checks.check_same_shape("prediction", prediction, "target", target)
+    _checks.check_choice("distance", distance, get_args(LatentDistance))
     _checks.check_variance("variance", variance, prediction.shape[1:])
-    error = fp32(prediction) - fp32(target)
-    return reduce_latents(error.square(), reduction=reduction, variance=variance, count=count)
+    if reduction == "nats" and distance != "mse":
+        raise ValueError(
+            f"reduction='nats' is half a squared error over a variance, which distance="
+            f"{distance!r} is not: use distance='mse' or another reduction"
+        )
+    match distance:
+        case "mse":
+            error = (fp32(prediction) - fp32(target)).square()
+        case "cosine":
+            error = 1 - (direction(prediction) * direction(target)).sum(dim=-1)
+        case _:
+            error = (direction(prediction) - direction(target)).square()
+    if weight is not None:
+        error = error * _as_weight(weight, error)
+    return reduce_latents(error, reduction=reduction, variance=variance, count=count)
+
+
+def min_snr_weight(
+    latent_process: LatentProcess,
+    time: Time,
+    *,
+    space: Prediction | None = None,
+    gamma: Number = 5.0,
+) -> Time:
+    """Weights `[b]` that count a squared error at most `gamma` times that of the clean latent.
+
+    With the signal-to-noise ratio `S`: `min(S, gamma)` for errors in the space of `x0`, which is
+    `min(S, gamma) / S` in that of `epsilon` and `min(S, gamma) / (S + 1)` in that of `v`. The
+    weighted loss is the same in each space. It weighs full noise with 0 in the space of `x0` and
+    of `v`: it suits base losses at random times, not a bridge that starts there.
+
+    Args:
+        latent_process: the latent process.
+        time: `[b]`.
+        space: of the error; that of the process's prediction if not given.
+        gamma: the cap of the signal-to-noise ratio.
+
+    Raises:
+        ValueError: a `gamma` that is not above 0, an unknown space, a time outside [0, 1].
+
+    Reference: Hang et al., https://arxiv.org/abs/2303.09556, section 3.4.
+
+    Examples:
+        >>> process = LatentProcess("continuous_cosine", prediction="v")
+        >>> min_snr_weight(process, torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 0.5000, 0.0000])
+    """
+    _checks.check_positive("gamma", gamma)
+    space = latent_process.prediction if space is None else space
+    _checks.check_choice("space", space, get_args(Prediction))
+    snr = latent_process.snr(time)
+    match space:
+        case "x0":
+            return snr.clamp(max=gamma)
+        case "epsilon":  # so written that neither 0 nor infinity is divided by itself
+            return (gamma / snr).clamp(max=1)
+        case _:
+            return snr.clamp(max=gamma) / (snr + 1)
 
 
 def l2t_loss(
@@ -146,13 +222,21 @@ def t2l_loss(
     *,
     text_process: TextProcess,
     latent_process: LatentProcess,
-    time: Number | Time | None = 1.0,
+    time: Number | Time | TimePolicy | None = 1.0,
+    step: int = 0,
+    space: Prediction | None = None,
+    distance: LatentDistance = "mse",
+    min_snr: Number | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """Train the encoder on pairs: squared error of its prediction, in its own prediction space.
+    """Train the encoder on pairs: distance of its prediction, in its own prediction space.
+
+    A squared error in the space of epsilon is `S` times, and in that of `v` `1 + S` times that in
+    the space of `x0`, where `S` is the signal-to-noise ratio: near full noise an error in epsilon
+    counts next to nothing.
 
     Args:
         denoiser: the model.
@@ -161,14 +245,20 @@ def t2l_loss(
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         latent_process: the latent process.
-        time: of the latents; a number, `[b]`, or None for stratified uniform times.
+        time: of the latents; a number, `[b]`, a policy that draws them, or None for
+            `TimePolicy("uniform")`.
+        step: the training step, for a policy whose cap moves.
+        space: in which the prediction is compared; the model's own if not given.
+        distance: as `latent_loss`.
+        min_snr: weigh rows with `min_snr_weight`, with this `gamma` (5 in the paper).
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
         reduction: as `latent_loss`.
         count: as `latent_loss`.
 
     Raises:
-        ValueError: wrong shapes or values.
+        ValueError: wrong shapes or values, or a `space` into which the prediction cannot be
+            converted at these times: from epsilon near full noise, from `x0` near none.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -176,14 +266,25 @@ def t2l_loss(
         >>> tokens, mask, latents = toy_batch(seed=0)[:3]
         >>> loss = t2l_loss(
         ...     denoiser, tokens, latents, mask,
-        ...     text_process=text_process, latent_process=latent_process, time=None,
+        ...     text_process=text_process, latent_process=latent_process,
+        ...     time=TimePolicy("logit_normal"), space="x0",
         ... )
         >>> loss.shape
         torch.Size([])
     """
+    _checks.check_choice("distance", distance, get_args(LatentDistance))
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    space = latent_process.prediction if space is None else space
+    _checks.check_choice("space", space, get_args(Prediction))
+    if min_snr is not None:
+        _checks.check_positive("min_snr", min_snr)
     if time is None:
-        time = stratified_times(len(tokens), device=tokens.device, generator=generator)
+        time = TimePolicy("uniform")
+    if isinstance(time, TimePolicy):
+        for end in (time.lowest(step), time.highest(step)):  # whatever comes between
+            latent_process.refuse_ill_conditioned(end, space=space)
+        time = time(len(tokens), step=step, device=tokens.device, generator=generator)
+    latent_process.refuse_ill_conditioned(time, space=space)
     encoded = t2l(
         denoiser,
         tokens,
@@ -195,8 +296,17 @@ def t2l_loss(
         noise=noise,
         generator=generator,
     )
-    target = latent_process.target(latents, encoded.noise, encoded.time)
-    return latent_loss(encoded.prediction, target, reduction=reduction, count=count)
+    weight = None
+    if min_snr is not None:
+        weight = min_snr_weight(latent_process, encoded.time, space=space, gamma=min_snr)
+    return latent_loss(
+        latent_process.in_space(encoded.prediction, encoded.z_t, encoded.time, space=space),
+        latent_process.target(latents, encoded.noise, encoded.time, space=space),
+        distance=distance,
+        weight=weight,
+        reduction=reduction,
+        count=count,
+    )
 
 
 class UnconditionalLoss(NamedTuple):
@@ -229,6 +339,7 @@ def unconditional_loss(
     latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    reduction: Literal["mean", "sum", "nats"] = "mean",
     text_count: Count | None = None,
     latent_count: Count | None = None,
 ) -> UnconditionalLoss:
@@ -237,6 +348,10 @@ def unconditional_loss(
     Text: the masked-diffusion bound `E_r [1/r sum_masked -log p(y_l | y_r, z_t)]` at a random rate
     `r`, per kept token. Latent: squared error at a random time. A row without a text has it fully
     masked, a row without a latent sees pure noise; neither counts towards the missing part.
+
+    `has_text` may also leave out texts that are there. Their latents are then denoised knowing
+    nothing but the length of the text, which is what a learned prior asks of the model and what
+    partial masking hardly ever shows it.
 
     Args:
         denoiser: the model.
@@ -251,11 +366,14 @@ def unconditional_loss(
         latent_time: a number or `[b]`; stratified uniform if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
-        text_count: denominator in place of the kept tokens of rows with a text.
-        latent_count: denominator in place of the elements of rows with a latent.
+        reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
+        text_count: denominator in place of the kept tokens (`nats`: the number) of rows with a
+            text.
+        latent_count: denominator in place of the elements (`nats`: the number) of rows with a
+            latent.
 
     Raises:
-        ValueError: wrong shapes or values.
+        ValueError: wrong shapes or values, an unknown reduction.
 
     Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
 
@@ -270,6 +388,7 @@ def unconditional_loss(
         >>> text.shape, latent.shape
         (torch.Size([]), torch.Size([]))
     """
+    _checks.check_choice("reduction", reduction, ("mean", "sum", "nats"))
     _checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:
         latents = only_present(latents, has_latent)
@@ -288,21 +407,35 @@ def unconditional_loss(
         generator=generator,
     )
     kept = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
-    present = torch.ones_like(kept[:, 0])
-    kept = kept & (present if has_text is None else has_text)[:, None]
+    everyone = torch.ones_like(kept[:, 0])
+    has_text = everyone if has_text is None else has_text
+    has_latent = everyone if has_latent is None else has_latent
+    kept = kept & has_text[:, None]
     masked = out.masked & kept
     # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
     nll = _token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
-    text = reduce_text(
-        nll, masked, reduction="mean", count=kept.sum() if text_count is None else text_count
-    )
-    rows = present if has_latent is None else has_latent
     target = latent_process.target(latents, out.noise, out.latent_time)
-    squared = (fp32(out.latent_prediction) - fp32(target)).square()
-    squared = only_present(squared, rows)
+    squared = only_present((fp32(out.latent_prediction) - target).square(), has_latent)
+    per_row = reduction == "nats"
+    if text_count is None:
+        text_count = has_text.sum() if per_row else kept.sum()
     if latent_count is None:
-        latent_count = rows.sum() * squared[:1].numel()
-    return UnconditionalLoss(text, reduce_latents(squared, reduction="mean", count=latent_count))
+        latent_count = has_latent.sum() * (1 if per_row else squared[:1].numel())
+    return UnconditionalLoss(
+        reduce_text(nll, masked, reduction=reduction, count=text_count),
+        reduce_latents(squared, reduction=reduction, count=latent_count),
+    )
+
+
+def _as_weight(weight: Tensor, error: Tensor) -> Tensor:
+    if weight.shape != error.shape[:1] or not weight.is_floating_point():
+        raise ValueError(
+            f"`weight` must be floats of shape [{len(error)}], one for each row, got "
+            f"{weight.dtype} {list(weight.shape)}"
+        )
+    if _checks.reads_values(weight) and not bool((weight >= 0).all()):
+        raise ValueError("`weight` must be at least 0 in every row, got negative or NaN values")
+    return weight.to(error.dtype).view(-1, *[1] * (error.ndim - 1))
 
 
 def _token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:

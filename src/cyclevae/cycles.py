@@ -1,19 +1,39 @@
 """The two cycles: T2L2T, text to latent to text, and L2T2L, latent to text to latent."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import get_args
 
 import torch
 
 from cyclevae import _checks
-from cyclevae._types import Count, Latents, Loss, MaskLike, Number, Reduction, Time, Tokens
-from cyclevae.base import latent_loss, text_loss
-from cyclevae.bridges import Bridge, pseudo_text
-from cyclevae.denoiser import Denoiser
+from cyclevae._reduce import reduce_latents
+from cyclevae._types import (
+    AnyTokens,
+    Count,
+    Latents,
+    Logits,
+    Loss,
+    Mask,
+    MaskLike,
+    Number,
+    Reduction,
+    Time,
+    Tokens,
+)
+from cyclevae.base import LatentDistance, latent_loss, text_loss
+from cyclevae.bridges import AnyTextBridge, TextBridge, pseudo_text
+from cyclevae.denoiser import Denoiser, reading_relaxed
 from cyclevae.gradient_policy import GradientPolicy, detach, freeze
+from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.rloo import rloo_surrogate, text_log_prob
+from cyclevae.text_bridges import check_logits
+from cyclevae.text_marginal import text_marginal_loss
 from cyclevae.text_process import TextProcess
+from cyclevae.times import stratified_times
+from cyclevae.unmasking import unmask_text
 
 STOP_GRADIENT = GradientPolicy()
 
@@ -26,6 +46,7 @@ def cycle_text_loss(
     text_process: TextProcess,
     latent_process: LatentProcess,
     z_hat: Latents | None = None,
+    bridge: LatentBridge = ONE_SHOT,
     time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
@@ -36,8 +57,8 @@ def cycle_text_loss(
     """Text cycle: encode a text, decode the latent, compare with the text.
 
     `L_T2L2T = 1/N sum_l -log p(y_l | z_hat(y), text fully masked)`. The text is fully masked
-    because visible tokens would let the decoder ignore the latent. `z_hat` is read off one pass
-    from pure noise, so it has not seen the true latent.
+    because visible tokens would let the decoder ignore the latent. `z_hat` comes from pure noise,
+    by `encode_text`, so it has not seen the true latent.
 
     Args:
         denoiser: the model.
@@ -45,12 +66,15 @@ def cycle_text_loss(
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
-        z_hat: the first half, where it is already computed; the encoder pass is then skipped.
+        z_hat: the first half, where it is already computed; the encoder passes are then skipped,
+            and of `bridge` only its noise is used.
+        bridge: how many passes make `z_hat`, and what guards it.
         time: at which the encoder starts from noise.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draw.
         policy: who learns. By default the bridge is detached: the decoder learns to read what the
-            encoder writes. With `bridge="full"` the gradient goes on into the encoder pass.
+            encoder writes. With `bridge="full"` the gradient goes on into the encoder passes, and
+            with `bridge="last"` into the last of them.
         reduction: as `text_loss`.
         count: as `text_loss`.
 
@@ -76,24 +100,24 @@ def cycle_text_loss(
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if z_hat is None:
-        latent_process.refuse_ill_conditioned(time)
-        with bridge_pass(denoiser, policy):
-            z_hat = t2l(
-                denoiser,
-                tokens,
-                mask,
-                text_process=text_process,
-                latent_process=latent_process,
-                start="noise",
-                time=time,
-                noise=noise,
-                generator=generator,
-            ).z_hat(latent_process)
+        z_hat = encode_text(
+            denoiser,
+            tokens,
+            mask,
+            text_process=text_process,
+            latent_process=latent_process,
+            bridge=bridge,
+            time=time,
+            noise=noise,
+            generator=generator,
+            policy=policy,
+        )
     elif policy.bridge == "detach":
         z_hat = z_hat.detach()
     _checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
+    crossing = bridge.noised(z_hat, generator=generator)
     with _freeze(denoiser, policy.freeze):
-        logits = l2t(denoiser, z_hat, mask, text_process=text_process)
+        logits = l2t(denoiser, crossing, mask, text_process=text_process)
     return text_loss(logits, tokens, mask, reduction=reduction, count=count)
 
 
@@ -104,21 +128,28 @@ def cycle_latent_loss(
     *,
     text_process: TextProcess,
     latent_process: LatentProcess,
-    y_hat: Tokens | None = None,
-    bridge: Bridge = "argmax",
-    temperature: Number = 1.0,
+    y_hat: AnyTokens | None = None,
+    logits: Logits | None = None,
+    bridge: AnyTextBridge = "argmax",
     show_latent: bool = False,
     time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
+    distance: LatentDistance = "mse",
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
     """Latent cycle: decode a latent, encode the pseudo-text, compare with the latent.
 
-    `L_L2T2L = 1/(b d) ||z - z_hat(x, t, y_hat(z))||^2`, where `x` is pure noise. The pseudo-text is
-    data to the encoder: its ids carry no gradient back into the decoder.
+    `L_L2T2L = 1/(b d) ||z - z_hat(x, t, y_hat(z))||^2`, where `x` is pure noise. Where the bridge
+    is a choice of ids, the pseudo-text is data to the encoder. Where it has a gradient, the decoder
+    learns to write what the encoder reads: under `policy.bridge="full"`. `rloo` draws several texts
+    per latent, encodes each from the same noise, and returns the mean of their losses, whose
+    gradient for the decoder is that of `rloo_surrogate`.
+
+    The modes of the network are left as they are: in training, dropout acts in the pass that makes
+    the pseudo-text as in any other. Give a `y_hat` made in evaluation mode to do without.
 
     Args:
         denoiser: the model.
@@ -127,42 +158,52 @@ def cycle_latent_loss(
             latents must not come from a hidden partner: see `draw_lengths`.
         text_process: the text process.
         latent_process: the latent process.
-        y_hat: the first half, where it is already computed; the decoder pass is then skipped.
-        bridge: `argmax` or `categorical`.
-        temperature: of the categorical bridge.
+        y_hat: the first half, where it is already computed, as ids or relaxed; `bridge` then has no
+            part in it.
+        logits: of the fully masked decoder pass on these latents, where it is already computed;
+            under a policy with `freeze_bridge`, inside of `freeze`.
+        bridge: a `TextBridge`, its name, or a function.
         show_latent: noise the true latent to `time` for the encoder, which thereby sees it, instead
             of starting from pure noise.
         time: at which the encoder starts.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
-        policy: who learns. Its bridge must be `"detach"`; `freeze` acts on the encoder pass.
-        reduction: as `latent_loss`.
+        policy: who learns. `bridge="full"` takes a text bridge that has a gradient, and only such a
+            bridge takes it; `freeze` acts on the encoder pass, `freeze_bridge` on the decoder's.
+        distance: as `latent_loss`.
+        reduction: as `latent_loss`. It also scales the reward of `rloo`, whose `marginal_weight`
+            is the price of a nat in summed errors, or in nats with `nats`.
         count: as `latent_loss`.
 
     Raises:
-        ValueError: wrong shapes or values, `policy.bridge="full"`, or an epsilon process whose
-            gain at `time` is above `max_gain`.
+        ValueError: wrong shapes or values, a policy that the bridge cannot follow, or an epsilon
+            process whose gain at `time` is above `max_gain`.
+        TypeError: a network that cannot read the relaxed text of the bridge.
 
     Reference: ITIT, https://arxiv.org/abs/2310.03734.
 
     Examples:
         >>> from cyclevae.testing import toy_denoiser
         >>> denoiser, text, latent = toy_denoiser(seed=0)
-        >>> loss = cycle_latent_loss(
-        ...     denoiser, torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool),
-        ...     text_process=text, latent_process=latent,
-        ... )
+        >>> z, mask = torch.randn(2, 4), torch.ones(2, 3, dtype=torch.bool)
+        >>> loss = cycle_latent_loss(denoiser, z, mask, text_process=text, latent_process=latent)
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
+        >>> loss = cycle_latent_loss(
+        ...     denoiser, z, mask, text_process=text, latent_process=latent,
+        ...     bridge="gumbel", policy=GradientPolicy("full"),
+        ... )
     """
-    if policy.bridge != "detach":
+    bridge = TextBridge.of(bridge)
+    if y_hat is None:
+        bridge.check_policy(policy)
+    elif logits is not None or bridge.name == "rloo":
         raise ValueError(
-            f"the {bridge!r} bridge is a choice of ids and has no gradient, so the latent cycle "
-            f"cannot use policy.bridge={policy.bridge!r}; use 'detach'"
+            "`y_hat` is a pseudo-text already made: give no `logits` beside it, and let the 'rloo' "
+            "bridge, which weighs texts by their probability, draw its own"
         )
     _checks.check_choice("reduction", reduction, get_args(Reduction))
-    _checks.check_choice("bridge", bridge, get_args(Bridge))
-    _checks.check_positive("temperature", temperature)
+    _checks.check_choice("distance", distance, get_args(LatentDistance))
     _checks.check_latents("latents", latents, latent_process.shape)
     _checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
@@ -170,46 +211,115 @@ def cycle_latent_loss(
         _checks.check_latents("noise", noise, latents.shape[1:])
         _checks.check_rows("noise", noise, "latents", latents)
     if y_hat is not None:
-        _checks.check_tokens("y_hat", y_hat, text_process.vocab_size)
-        _checks.as_mask("attention_mask", mask, y_hat.shape)
+        _checks.check_any_tokens("y_hat", y_hat, text_process.vocab_size)
+        _checks.as_mask("attention_mask", mask, y_hat.shape[:2])
+    if logits is not None:
+        check_logits(logits, mask, text_process)
     latent_process.refuse_ill_conditioned(time)
     time = _checks.as_time("time", time, latents)
-    if y_hat is None:
-        with bridge_pass(denoiser, policy):
-            y_hat = pseudo_text(
-                l2t(denoiser, latents, mask, text_process=text_process),
-                mask,
-                text_process=text_process,
-                bridge=bridge,
-                temperature=temperature,
-                generator=generator,
-            )
-    y_hat, mask = text_process.cut(y_hat, mask)
+    if y_hat is not None:
+        texts = [y_hat.detach() if policy.bridge == "detach" else y_hat]
+    else:
+        with policy.bridge_pass(denoiser):
+            if logits is None:
+                logits = l2t(denoiser, latents, mask, text_process=text_process)
+            texts = _write(denoiser, latents, mask, logits, text_process, bridge, generator)
+    origin = f"of the {str(bridge)!r} bridge" if y_hat is None else "given as `y_hat`"
+    relaxed = texts[0].is_floating_point()
+    if policy.bridge != "detach" and not (relaxed or bridge.name == "rloo"):
+        raise ValueError(
+            f"the pseudo-text {origin} is a choice of ids and has no gradient, so the latent cycle "
+            f"cannot use policy.bridge={policy.bridge!r}; use 'detach'"
+        )
     if noise is None:
         noise = draw_noise(
             len(latents), latent_process, at=latents, like=latents, generator=generator
         )
-    with _freeze(denoiser, policy.freeze):
-        encoded = t2l(
-            denoiser,
-            y_hat,
-            mask,
-            text_process=text_process,
-            latent_process=latent_process,
-            latents=latents if show_latent else None,
-            start=None if show_latent else "noise",
-            time=time,
-            noise=noise,
+    z_hats = []
+    with _freeze(denoiser, policy.freeze), reading_relaxed(origin) if relaxed else nullcontext():
+        for text in texts:
+            encoded = t2l(
+                denoiser,
+                *text_process.cut(text, mask),
+                text_process=text_process,
+                latent_process=latent_process,
+                latents=latents if show_latent else None,
+                start=None if show_latent else "noise",
+                time=time,
+                noise=noise,
+            )
+            z_hats.append(encoded.z_hat(latent_process))
+    losses = [
+        latent_loss(z_hat, latents, distance=distance, reduction=reduction, count=count)
+        for z_hat in z_hats
+    ]
+    loss = torch.stack(losses).mean(dim=0)
+    if bridge.name != "rloo" or logits is None:
+        return loss
+    with detach():
+        errors = torch.stack(
+            [latent_loss(z_hat, latents, distance=distance, reduction="none") for z_hat in z_hats]
         )
-    z_hat = encoded.z_hat(latent_process)
-    return latent_loss(z_hat, latents, reduction=reduction, count=count)
+        rewards = -errors[..., None].flatten(2).sum(dim=-1)
+        if bridge.marginal_weight:
+            rates = stratified_times(len(latents), device=latents.device, generator=generator)
+            marginal = [
+                text_marginal_loss(
+                    denoiser,
+                    *text_process.cut(text, mask),
+                    text_process=text_process,
+                    latent_process=latent_process,
+                    text_time=rates,
+                    noise=noise,
+                    generator=generator,
+                    reduction="none",
+                ).sum(dim=1)
+                for text in texts
+            ]
+            # reduction="nats" halves what it is given, as it does to a squared error
+            nat = bridge.marginal_weight * (2 if reduction == "nats" else 1)
+            rewards = rewards - nat * torch.stack(marginal)
+    log_probs = text_log_prob(
+        logits,
+        torch.stack(texts),
+        mask,
+        text_process=text_process,
+        temperature=bridge.temperature,
+    )
+    surrogate = rloo_surrogate(log_probs, rewards)
+    # of value 0, spread over the elements of a row so that it is reduced as they are
+    per_row = (surrogate - surrogate.detach()) / math.prod(errors.shape[2:])
+    spread = per_row.view(-1, *[1] * (errors.ndim - 2)).expand_as(errors[0])
+    return loss + reduce_latents(spread, reduction=reduction, count=count)
+
+
+def _write(
+    denoiser: Denoiser,
+    latents: Latents,
+    mask: Mask,
+    logits: Logits,
+    text_process: TextProcess,
+    bridge: TextBridge,
+    generator: torch.Generator | None,
+) -> list[AnyTokens]:
+    """The pseudo-texts of a bridge: one, or the samples of `rloo`."""
+    if bridge.name == "unmask":
+        steps, ids = bridge.steps, text_process
+        text = unmask_text(denoiser, latents, mask, text_process=ids, steps=steps, logits=logits)
+        return [text]
+    texts = 1
+    if bridge.name == "rloo":
+        texts = bridge.samples
+        bridge = TextBridge("categorical", temperature=bridge.temperature)
+    return [
+        pseudo_text(logits, mask, text_process=text_process, bridge=bridge, generator=generator)
+        for _ in range(texts)
+    ]
 
 
 def bridge_pass(denoiser: Denoiser, policy: GradientPolicy) -> AbstractContextManager[object]:
     """The context in which a bridge is made: without a graph, or with some parameters frozen."""
-    if policy.bridge == "detach":
-        return detach()
-    return _freeze(denoiser, policy.freeze_bridge)
+    return policy.bridge_pass(denoiser)
 
 
 def _freeze(denoiser: Denoiser, patterns: tuple[str, ...]) -> AbstractContextManager[object]:

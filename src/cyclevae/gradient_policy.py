@@ -5,7 +5,7 @@ Toggling `requires_grad` would be silently wrong under activation checkpointing 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,15 +20,17 @@ from cyclevae._gate import Frozen
 class GradientPolicy:
     """Declares which parts of a two-pass term learn from it.
 
-    A cycle runs one pass that makes the bridge and one pass behind it. With `bridge="detach"`
-    the first pass learns nothing; with `bridge="full"` the gradient flows through the bridge
-    into the first pass. Patterns are those of `freeze`.
+    A cycle runs one or more passes that make the bridge and one pass behind it. With
+    `bridge="detach"` the first passes learn nothing; with `bridge="full"` the gradient flows
+    through the bridge into all of them, and with `bridge="last"` into the last one, which costs the
+    memory of one pass however many there are. Patterns are those of `freeze`.
 
     Args:
-        bridge: what happens at the bridge, `"detach"` or `"full"`.
+        bridge: what happens at the bridge, `"detach"`, `"last"` or `"full"`; the last two are the
+            same where one pass makes the bridge.
         freeze: patterns of the parameters that are frozen in the pass behind the bridge.
-        freeze_bridge: patterns of the parameters that are frozen in the pass that makes the
-            bridge; only with `bridge="full"`.
+        freeze_bridge: patterns of the parameters that are frozen in the passes that make the
+            bridge; only with `bridge="last"` or `"full"`.
 
     Raises:
         ValueError: if a value is unknown, a pattern is not a string in a tuple, or the policy
@@ -41,15 +43,16 @@ class GradientPolicy:
         GradientPolicy(bridge='full', freeze=('decoder.*',), freeze_bridge=())
     """
 
-    bridge: Literal["detach", "full"] = "detach"
+    bridge: Literal["detach", "last", "full"] = "detach"
     freeze: tuple[str, ...] = ()
     freeze_bridge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bridge not in ("detach", "full"):
+        if self.bridge not in ("detach", "last", "full"):
             raise ValueError(
-                f"`bridge` must be 'detach' (the pass that makes the bridge learns nothing) or "
-                f"'full' (gradient flows through the bridge), got {self.bridge!r}."
+                f"`bridge` must be 'detach' (the pass that makes the bridge learns nothing), "
+                f"'last' (gradient flows into the last of its passes) or 'full' (gradient flows "
+                f"through the bridge), got {self.bridge!r}."
             )
         for name, patterns in (("freeze", self.freeze), ("freeze_bridge", self.freeze_bridge)):
             if isinstance(patterns, str):
@@ -65,13 +68,34 @@ class GradientPolicy:
         if self.bridge == "detach" and self.freeze_bridge:
             raise ValueError(
                 f"`freeze_bridge`={self.freeze_bridge!r} has no meaning with bridge='detach', "
-                f"because that bridge teaches nobody: drop `freeze_bridge` or set bridge='full'."
+                f"because that bridge teaches nobody: drop `freeze_bridge` or set bridge='last' or "
+                f"'full'."
             )
         if "*" in self.freeze and (self.bridge == "detach" or "*" in self.freeze_bridge):
             raise ValueError(
                 f"nothing would learn with bridge={self.bridge!r}, freeze={self.freeze!r} and "
                 f"freeze_bridge={self.freeze_bridge!r}: freeze less, or give the term weight zero."
             )
+
+    def bridge_pass(self, denoiser: object, *, last: bool = True) -> AbstractContextManager[object]:
+        """The context of a pass that makes the bridge: without a graph, or partly frozen.
+
+        Args:
+            denoiser: what `freeze` resolves the patterns against.
+            last: whether this is the last pass of the bridge.
+
+        Examples:
+            >>> encoder = nn.Linear(2, 2)
+            >>> with GradientPolicy(bridge="last").bridge_pass(encoder, last=False):
+            ...     z_t = encoder(torch.ones(1, 2))
+            >>> with GradientPolicy(bridge="last").bridge_pass(encoder):
+            ...     z_hat = encoder(z_t)
+            >>> z_t.requires_grad, z_hat.requires_grad
+            (False, True)
+        """
+        if self.bridge == "detach" or (self.bridge == "last" and not last):
+            return detach()
+        return freeze(denoiser, *self.freeze_bridge) if self.freeze_bridge else nullcontext()
 
 
 def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager[None]:

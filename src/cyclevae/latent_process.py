@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cyclevae import _checks
@@ -67,6 +68,17 @@ def convert(
             return sigma * z_t + alpha * value
 
 
+def direction(latents: Latents) -> Latents:
+    """Each vector (the last axis) at norm 1, in fp32 or better.
+
+    A vector shorter than 1e-8 has no direction: it is multiplied by 1e8, without a gradient.
+    """
+    latents = fp32(latents)
+    norm = latents.detach().norm(dim=-1, keepdim=True)
+    latents = torch.where(norm > 1e-8, latents, latents.detach())
+    return F.normalize(latents, dim=-1, eps=1e-8)
+
+
 @dataclass(frozen=True)
 class LatentProcess:
     """The variance-preserving latent process: a noise schedule and what the model predicts.
@@ -81,7 +93,8 @@ class LatentProcess:
         schedule: the noise schedule.
         prediction: what the latent head predicts.
         max_gain: refuse to read a clean latent off an epsilon prediction where `sigma / alpha`,
-            which multiplies the prediction's error, is above this.
+            which multiplies the prediction's error, is above this; likewise an epsilon off an x0
+            prediction where `alpha / sigma` is.
         shape: of one latent, `(d,)` or `(n, d)`; needed only where noise must be drawn and the
             batch holds no latents.
 
@@ -151,15 +164,22 @@ class LatentProcess:
         alpha, sigma = self.alpha_sigma(time)
         return sigma / alpha
 
+    def snr(self, time: Time) -> Time:
+        """The signal-to-noise ratio `S = alpha^2 / sigma^2` `[b]`; infinite without noise."""
+        alpha, sigma = self.alpha_sigma(time)
+        return (alpha / sigma).square()
+
     def noised(self, latents: Latents, noise: Latents, time: Time) -> Latents:
         """Latents at a time, in their own dtype."""
         _checks.check_same_shape("noise", noise, "latents", latents)
         return noise_latents(latents, noise, *self.alpha_sigma(time)).to(latents.dtype)
 
-    def target(self, latents: Latents, noise: Latents, time: Time) -> Latents:
-        """What the model should predict, fp32 or better."""
+    def target(
+        self, latents: Latents, noise: Latents, time: Time, *, space: Prediction | None = None
+    ) -> Latents:
+        """What the model should predict, or the same in another `space`; fp32 or better."""
         _checks.check_same_shape("noise", noise, "latents", latents)
-        match self.prediction:
+        match space or self.prediction:
             case "epsilon":
                 return fp32(noise)
             case "x0":
@@ -181,36 +201,86 @@ class LatentProcess:
             >>> process.to_x0(v, z_t, time).round(decimals=3)
             tensor([[1., 1.]])
         """
+        return self.in_space(prediction, z_t, time, space="x0").to(z_t.dtype)
+
+    def in_space(
+        self, prediction: Latents, z_t: Latents, time: Time, *, space: Prediction
+    ) -> Latents:
+        """A prediction of the model in another prediction space, fp32 or better.
+
+        Raises:
+            ValueError: a conversion that would multiply the prediction's error by more than
+                `max_gain`.
+
+        Examples:
+            >>> process, time = LatentProcess(prediction="v"), torch.tensor([0.5])
+            >>> v, z_t = torch.zeros(1, 2), torch.ones(1, 2)
+            >>> process.in_space(v, z_t, time, space="epsilon").round(decimals=2)
+            tensor([[0.7100, 0.7100]])
+        """
         _checks.check_same_shape("prediction", prediction, "z_t", z_t)
-        self.refuse_ill_conditioned(time)
+        self.refuse_ill_conditioned(time, space=space)
         alpha, sigma = self.alpha_sigma(time)
-        x0 = convert(prediction, z_t, alpha, sigma, source=self.prediction, target="x0")
-        return x0.to(z_t.dtype)
+        return convert(prediction, z_t, alpha, sigma, source=self.prediction, target=space)
 
-    def refuse_ill_conditioned(self, time: Number | Time) -> None:
-        """Refuse times at which an epsilon prediction says nothing of the clean latent.
+    def ddim(self, x0: Latents, z_t: Latents, time: Time, to: Time) -> Latents:
+        """One deterministic step to an earlier time: `alpha' x0 + sigma' epsilon`.
 
-        A number is always checked, a tensor where values are (see `check_values`).
+        `epsilon = (z_t - alpha x0) / sigma` is the noise that `x0` leaves in `z_t`.
+
+        Reference: Song et al., https://arxiv.org/abs/2010.02502, eq. 12 without noise.
+
+        Examples:
+            >>> process = LatentProcess("continuous_cosine")
+            >>> process.ddim(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.zeros(1))
+            tensor([[1., 1.]])
+        """
+        _checks.check_same_shape("x0", x0, "z_t", z_t)
+        alpha, sigma = _rowwise(z_t, *self.alpha_sigma(time))
+        next_alpha, next_sigma = _rowwise(z_t, *self.alpha_sigma(to))
+        kept = next_sigma / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # 0, not 0/0, at time 0
+        return (next_alpha * x0 + kept * (z_t - alpha * x0)).to(z_t.dtype)
+
+    def refuse_ill_conditioned(self, time: Number | Time, *, space: Prediction = "x0") -> None:
+        """Refuse times at which the model's prediction says next to nothing in another space.
+
+        Above all: of the clean latent, near full noise, where the model predicts epsilon. A number
+        is always checked, a tensor where values are (see `check_values`).
 
         Raises:
             ValueError: the gain is above `max_gain`; the message lists the cures.
         """
-        if self.prediction != "epsilon" or torch.compiler.is_compiling():
+        if self.prediction in ("v", space) or torch.compiler.is_compiling():
             return
         if not isinstance(time, Tensor):
             time = torch.tensor([time], dtype=torch.float64)
         elif not _checks.reads_values(time):
             return
-        gain = float(self.gain(time).max()) if len(time) else 0.0
-        if gain > self.max_gain:
+        if not len(time):
+            return
+        gains = self.gain(time) if self.prediction == "epsilon" else 1 / self.gain(time)
+        row = int(gains.argmax())
+        gain = gains[row].item()
+        if gain <= self.max_gain:
+            return
+        problem = (
+            f"an {self.prediction} prediction at time {time[row].item():g} has a gain of "
+            f"{gain:.4g}, above max_gain = {self.max_gain:g}: its error would be multiplied by "
+            "that much"
+        )
+        if self.prediction == "x0":
             raise ValueError(
-                f"an epsilon prediction at time {float(time.max()):g} has a gain of {gain:.4g}, "
-                f"above max_gain = {self.max_gain:g}: its error would be multiplied by that much "
-                "and the latent would be garbage that losses do not show. Ways out: predict `v` or "
-                "`x0` (the only full cure); or start the bridge at a capped time such as 0.9 with "
-                "the base T2L trained at random times up to that cap, and take a few DDIM steps "
-                "under no_grad, the last one differentiable"
+                f"{problem} in the space of {space!r}. Ways out: compute the loss in the space of "
+                "the prediction, or at higher times, such as those of TimePolicy('uniform', "
+                "low=0.1)"
             )
+        raise ValueError(
+            f"{problem} and the latent would be garbage that losses do not show. Ways out: predict "
+            "`v` or `x0` (the only full cure); or start the bridge at a capped time such as 0.9, "
+            "with the base T2L trained at times up to that cap, such as those of "
+            "TimePolicy('uniform', high=0.9), and take a few DDIM steps, the last one "
+            "differentiable: LatentBridge(steps=4) with GradientPolicy('last')"
+        )
 
 
 def _discrete_alpha_bar(schedule: str, steps: int = 1000) -> Tensor:

@@ -1,8 +1,8 @@
-"""Weights as functions of the step."""
+"""Weights and times as functions of the step."""
 
 from dataclasses import dataclass
 
-from cyclevae._checks import check_nonnegative
+from cyclevae._checks import check_nonnegative, check_positive
 from cyclevae._types import Number
 
 
@@ -46,3 +46,47 @@ def ramp(weight: Number, warmup_steps: int = 0, ramp_steps: int = 0) -> Ramp:
         [0.0, 0.0, 0.01, 0.5, 1.0, 1.0]
     """
     return Ramp(weight, warmup_steps, ramp_steps)
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """A value that waits, then moves to another: see `anneal`."""
+
+    start: Number
+    end: Number
+    warmup_steps: int = 0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "warmup_steps"):
+            check_nonnegative(name, getattr(self, name))
+        check_positive("steps", self.steps)
+
+    def __call__(self, step: int) -> Number:
+        """The value at a step."""
+        # min and max, not branches: see Ramp
+        moved = min(1.0, max(0.0, (step - self.warmup_steps) / self.steps))
+        return (1 - moved) * self.start + moved * self.end
+
+
+def anneal(start: Number, end: Number, warmup_steps: int = 0, steps: int = 1) -> Anneal:
+    """A value as a function of the step: constant in the warm-up, then linear, then constant.
+
+    Such as the cap of a `TimePolicy`, which lets the encoder learn at easy times first. The value
+    is `start` up to step `warmup_steps`, and `end` from step `warmup_steps + steps` on.
+
+    Args:
+        start: the first value, at least 0.
+        end: the last value, at least 0.
+        warmup_steps: steps at `start`.
+        steps: steps from `start` to `end`, at least 1.
+
+    Raises:
+        ValueError: a negative, NaN or infinite argument, or `steps` of 0.
+
+    Examples:
+        >>> cap = anneal(0.5, 0.9, warmup_steps=100, steps=200)
+        >>> [cap(step) for step in (0, 100, 200, 300, 10_000)]
+        [0.5, 0.5, 0.7, 0.9, 0.9]
+    """
+    return Anneal(start, end, warmup_steps, steps)
