@@ -152,7 +152,9 @@ def test_metrics_are_detached_scalars_and_absent_terms_are_absent(toy):
     assert set(only) == {"loss", "text_loss", "latent_loss", "text_accuracy"}
 
 
-@pytest.mark.parametrize("options", [{}, {"base_latent_time": None}, {"bridge": "categorical"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"base_latent_time": None}, {"text_bridge": "categorical"}]
+)
 def test_a_seed_repeats_a_step_and_leaves_the_global_state_alone(toy, options):
     denoiser, text, latent = toy
     objective = cv.CycleObjective(text, latent, prior_weight=1.0, **options)
@@ -200,7 +202,7 @@ def test_pseudo_texts_may_end_at_a_predicted_token(toy):
     with torch.no_grad():
         denoiser.module.text_head.bias[6] = 2.0  # likely, not certain
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(text, latent, bridge="categorical")
+    objective = cv.CycleObjective(text, latent, text_bridge="categorical")
     objective(recorder, toy_batch(rows=16), step=0, generator=seeded())
     y_hat, _, state = recorder.calls[1]
     ends = y_hat == 6
@@ -426,7 +428,7 @@ def test_a_configuration_survives_json(toy):
         cv.LatentProcess("linear", "x0", shape=(4,)),
         cycle_text_weight=cv.ramp(1.0, 10, 20),
         prior_weight=0.5,
-        prior_mean=torch.tensor([0.0, 1.0, 2.0, 3.0]),
+        prior_options={"mean": torch.tensor([0.0, 1.0, 2.0, 3.0])},
         text_policy=cv.GradientPolicy("full", ("decoder.*",)),
     )
     config = json.loads(json.dumps(objective.to_config()))

@@ -1,17 +1,17 @@
 """Cycle losses, priors and gradient policies for bidirectional text/latent denoisers."""
 
 from cyclevae._checks import check_values as check_values
-from cyclevae.base import UnconditionalLoss as UnconditionalLoss
 from cyclevae.base import l2t_loss as l2t_loss
 from cyclevae.base import latent_loss as latent_loss
+from cyclevae.base import min_snr_weight as min_snr_weight
 from cyclevae.base import t2l_loss as t2l_loss
 from cyclevae.base import text_loss as text_loss
-from cyclevae.base import unconditional_loss as unconditional_loss
 from cyclevae.batch import Batch as Batch
-from cyclevae.bridges import argmax_text as argmax_text
-from cyclevae.bridges import categorical_text as categorical_text
+from cyclevae.bridges import TextBridge as TextBridge
 from cyclevae.bridges import draw_lengths as draw_lengths
 from cyclevae.bridges import pseudo_text as pseudo_text
+from cyclevae.contrastive import infonce_loss as infonce_loss
+from cyclevae.contrastive import same_text as same_text
 from cyclevae.cycles import cycle_latent_loss as cycle_latent_loss
 from cyclevae.cycles import cycle_text_loss as cycle_text_loss
 from cyclevae.denoiser import Denoised as Denoised
@@ -21,6 +21,8 @@ from cyclevae.denoiser import as_denoiser as as_denoiser
 from cyclevae.gradient_policy import GradientPolicy as GradientPolicy
 from cyclevae.gradient_policy import detach as detach
 from cyclevae.gradient_policy import freeze as freeze
+from cyclevae.latent_bridges import LatentBridge as LatentBridge
+from cyclevae.latent_bridges import encode_text as encode_text
 from cyclevae.latent_process import LatentProcess as LatentProcess
 from cyclevae.latent_process import convert as convert
 from cyclevae.objective import CycleObjective as CycleObjective
@@ -29,9 +31,30 @@ from cyclevae.objective import StepOutput as StepOutput
 from cyclevae.passes import joint as joint
 from cyclevae.passes import l2t as l2t
 from cyclevae.passes import t2l as t2l
+from cyclevae.phases import Phases as Phases
+from cyclevae.phases import phases as phases
+from cyclevae.pool import pool_rows as pool_rows
+from cyclevae.priors import ddvi_sleep_loss as ddvi_sleep_loss
+from cyclevae.priors import ddvi_wake_kl as ddvi_wake_kl
+from cyclevae.priors import learned_prior as learned_prior
 from cyclevae.priors import mmd_prior as mmd_prior
 from cyclevae.priors import moment_prior as moment_prior
+from cyclevae.priors import sigreg_prior as sigreg_prior
+from cyclevae.rloo import rloo_surrogate as rloo_surrogate
+from cyclevae.rloo import text_log_prob as text_log_prob
+from cyclevae.schedules import anneal as anneal
 from cyclevae.schedules import ramp as ramp
+from cyclevae.teacher import Teacher as Teacher
+from cyclevae.text_bridges import argmax_text as argmax_text
+from cyclevae.text_bridges import categorical_text as categorical_text
+from cyclevae.text_bridges import gumbel_text as gumbel_text
+from cyclevae.text_bridges import soft_text as soft_text
+from cyclevae.text_bridges import straight_through_text as straight_through_text
+from cyclevae.text_marginal import text_marginal_loss as text_marginal_loss
 from cyclevae.text_process import TextProcess as TextProcess
+from cyclevae.times import TimePolicy as TimePolicy
+from cyclevae.unconditional import UnconditionalLoss as UnconditionalLoss
+from cyclevae.unconditional import unconditional_loss as unconditional_loss
+from cyclevae.unmasking import unmask_text as unmask_text
 
 __version__ = "0.1.0"

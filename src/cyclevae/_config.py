@@ -20,19 +20,31 @@ def dump(instance: Any) -> dict[str, Any]:
     return {f.name: _plain(f.name, getattr(instance, f.name)) for f in fields(instance) if f.init}
 
 
-def load(cls: type[T], config: Mapping[str, Any], **parts: Any) -> T:
-    """A dataclass from its options; `parts` replace values that are dataclasses themselves.
+def load(cls: type[T], config: Mapping[str, Any], parts: Mapping[str, type] | None = None) -> T:
+    """A dataclass from its options.
+
+    Args:
+        cls: the dataclass.
+        config: its options.
+        parts: the dataclasses that a dict stands for, by the name of the option, at any depth.
 
     Raises:
         ValueError: a key that is no option, with the nearest name; or a missing one.
     """
+    parts = parts or {}
     options = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     for key in config:
         if key not in options:
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; {nearest(key, options)}")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+    values = {}
+    for key, value in config.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, Mapping) and key in parts:
+            value = load(parts[key], value, parts)
+        values[key] = value
     try:
-        return cls(**{**values, **parts})
+        return cls(**values)
     except TypeError as error:
         raise ValueError(f"incomplete configuration: {error}") from error
 
@@ -40,10 +52,12 @@ def load(cls: type[T], config: Mapping[str, Any], **parts: Any) -> T:
 def _plain(name: str, value: Any) -> Any:
     if is_dataclass(value):
         return dump(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}[{key!r}]", item) for key, item in value.items()}
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
     if callable(value):
         raise ValueError(
             f"`{name}` is {value!r}, a function that a plain configuration cannot hold; "

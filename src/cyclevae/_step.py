@@ -1,35 +1,44 @@
 """The passes of one step, each run once and read by every term that needs it."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cyclevae._gate import check_patterns
-from cyclevae._types import Count, Latents, Logits, Number
-from cyclevae.base import latent_loss, t2l_loss, text_loss, unconditional_loss
-from cyclevae.batch import Arranged, Texts, stack_masks
+from cyclevae._plan import LATENT_HALF, Planned
+from cyclevae._prior import needs_two_rows, prior_loss
+from cyclevae._types import Count, Latents, Logits, Mask, Number, Time
+from cyclevae.base import encoded_loss, t2l_loss, text_loss
+from cyclevae.batch import Arranged, Texts, pick_rows, stack_masks
 from cyclevae.bridges import pseudo_text
-from cyclevae.cycles import bridge_pass, cycle_latent_loss, cycle_text_loss
+from cyclevae.contrastive import infonce_loss, same_text
+from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
 from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import detach
-from cyclevae.options import Options
-from cyclevae.passes import T2L, draw_noise, l2t, t2l
-from cyclevae.priors import mmd_prior, moment_prior
-from cyclevae.times import stratified_times
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach
+from cyclevae.latent_bridges import encode_text
+from cyclevae.options import READ_A_BRIDGE, highest
+from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.priors import ddvi_sleep_loss
+from cyclevae.text_marginal import text_marginal_loss
+from cyclevae.times import TimePolicy, stratified_times
+from cyclevae.unconditional import unconditional_loss
 
 
 @dataclass
 class Step:
     """One step of an objective; `terms` runs it."""
 
-    objective: Options
+    objective: Planned
     denoiser: Denoiser
+    teacher: Denoiser | None
     rows: Arranged
     weights: dict[str, Number]
+    step: int
     generator: torch.Generator | None
     counts: Mapping[str, Count]
 
@@ -37,19 +46,10 @@ class Step:
         """The terms that run, by metric name, and statistics beside them."""
         self.losses: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
-        if self._runs("text", "latent"):
-            self.rows.need_pairs()
-        if self._runs("latent", "cycle_text", "prior", "unconditional"):
-            self.rows.need_texts()
-        if self._runs("text", "cycle_latent", "unconditional"):
-            self.rows.need_latents()
-        if self._runs("prior") and len(self.rows.need_texts().tokens) < 2:
-            raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
-        for policy in (self.objective.text_policy, self.objective.latent_policy):
-            check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
-        if self._runs("text", "cycle_latent"):
+        self._check()
+        if self._runs("text", *LATENT_HALF):
             self._decode()
-        if self._runs("latent", "cycle_text", "prior"):
+        if self._runs("latent", "cycle_text", "prior", "contrastive"):
             self._encode()
         if self._runs("unconditional"):
             self._denoise_both()
@@ -58,39 +58,55 @@ class Step:
     def _runs(self, *terms: str) -> bool:
         return any(term in self.weights for term in terms)
 
+    def _check(self) -> None:
+        """Refuse a step that could not run to its end, before any pass."""
+        o, rows = self.objective, self.rows
+        if self._runs("text", "latent", "contrastive"):
+            rows.need_pairs()
+        if self._runs("latent", "cycle_text", "prior", "contrastive", "unconditional"):
+            rows.need_texts()
+        if self._runs("text", "unconditional", *LATENT_HALF):
+            rows.need_latents()
+        if self._runs("prior") and needs_two_rows(o.prior, o.pool_prior):
+            if len(rows.need_texts().tokens) < 2:
+                raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
+        if self._runs("contrastive") and rows.paired < 2:
+            raise ValueError("InfoNCE compares pairs: give at least 2, or set its weight to 0")
+        for policy in (o.text_policy, o.latent_policy):
+            check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
+        if self._runs(*READ_A_BRIDGE):
+            o.latent_process.refuse_ill_conditioned(highest(o.bridge_time, self.step))
+
     def _decode(self) -> None:
-        """One decoder pass: the base text loss on paired rows, pseudo-texts for all."""
+        """One decoder pass: the base text loss on paired rows, pseudo-texts for the cycles."""
         o, p, latents = self.objective, self.rows.paired, self.rows.need_latents()
-        if self._runs("cycle_latent"):
-            mask = self.rows.lengths_to_decode(self.generator)
-        else:
-            latents, mask = latents[:p], self.rows.need_texts().mask[:p]
-        with nullcontext() if self._runs("text") else detach():
-            logits = l2t(self.denoiser, latents, mask, text_process=o.text_process)
-        if self._runs("text"):
+        shared = self._runs("text") and not o.decodes_apart(self.weights)
+        if not self._runs(*LATENT_HALF):
+            return self._base_text(self._l2t(latents[:p], self.rows.need_texts().mask[:p]))
+        if self._runs("text") and not shared:
+            self._base_text(self._l2t(latents[:p], self.rows.need_texts().mask[:p]))
+        mask = self.rows.lengths_to_decode(self.generator)
+        pairs, others = o.cycled(p, len(latents))
+        latents, mask = (
+            pick_rows(part, p, p if shared else pairs, others) for part in (latents, mask)
+        )
+        with nullcontext() if shared else self._writing():
+            logits = self._l2t(latents, mask)
+        if shared:
             self._base_text(logits[:p])
-        if self._runs("cycle_latent"):
-            y_hat = pseudo_text(
-                logits,
-                mask,
-                text_process=o.text_process,
-                bridge=o.bridge,
-                temperature=o.temperature,
-                generator=self.generator,
+            latents, mask, logits = (
+                pick_rows(part, p, pairs, others) for part in (latents, mask, logits)
             )
-            self.losses["cycle_latent_loss"] = cycle_latent_loss(
-                self.denoiser,
-                latents,
-                mask,
-                text_process=o.text_process,
-                latent_process=o.latent_process,
-                y_hat=y_hat,
-                show_latent=o.show_latent,
-                time=o.bridge_time,
-                generator=self.generator,
-                policy=o.latent_policy,
-                count=self.counts.get("cycle_latent_loss"),
-            )
+        self._read_pseudo_texts(latents, mask, logits)
+
+    def _l2t(self, latents: Latents, mask: Mask) -> Logits:
+        return l2t(self.denoiser, latents, mask, text_process=self.objective.text_process)
+
+    def _writing(self) -> AbstractContextManager[object]:
+        """Who learns from the pass that writes the pseudo-texts."""
+        if not self._runs("cycle_latent", "text_marginal"):
+            return detach()
+        return self.objective.latent_policy.bridge_pass(self.denoiser)
 
     def _base_text(self, logits: Logits) -> None:
         tokens, mask = self.rows.need_texts().first(self.rows.paired)
@@ -100,82 +116,174 @@ class Step:
         hits = (logits.argmax(dim=-1) == tokens) & mask
         self.metrics["text_accuracy"] = hits.sum() / mask.sum().clamp(min=1)
 
+    def _read_pseudo_texts(self, latents: Latents, mask: Mask, logits: Logits) -> None:
+        """The terms that read what the decoder writes of the latents."""
+        o = self.objective
+        given = {**self._processes(), "generator": self.generator}
+        y_hat = None
+        if self._runs("text_marginal"):
+            y_hat = pseudo_text(
+                logits,
+                mask,
+                text_process=o.text_process,
+                bridge=o.bridge,
+                generator=self.generator,
+            )
+            if not y_hat.is_floating_point():
+                raise ValueError(
+                    f"`text_marginal_weight` needs a relaxed text, and the {str(o.bridge)!r} "
+                    f"bridge returned {y_hat.dtype} ids"
+                )
+        if self._runs("cycle_latent"):
+            self.losses["cycle_latent_loss"] = cycle_latent_loss(
+                self.denoiser,
+                latents,
+                mask,
+                **given,
+                y_hat=y_hat,
+                logits=logits if y_hat is None else None,
+                bridge=o.bridge,
+                show_latent=o.show_latent,
+                time=self._time(o.bridge_time, latents),
+                policy=o.latent_policy,
+                distance=o.cycle_latent_distance,
+                count=self.counts.get("cycle_latent_loss"),
+            )
+        if y_hat is not None:
+            self.losses["text_marginal_loss"] = text_marginal_loss(
+                self.denoiser,
+                *o.text_process.cut(y_hat, mask),
+                **given,
+                noise=self._noise(latents),
+                reduction="nats",
+                count=self.counts.get("text_marginal_loss"),
+            )
+        if self._runs("sleep"):
+            dream = pseudo_text(
+                logits.detach(),
+                mask,
+                text_process=o.text_process,
+                bridge="categorical",
+                generator=self.generator,
+            )
+            self.losses["sleep_loss"] = ddvi_sleep_loss(
+                self.denoiser,
+                latents,
+                mask,
+                **given,
+                y_hat=dream,
+                count=self.counts.get("sleep_loss"),
+            )
+
     def _encode(self) -> None:
-        """The encoder pass from noise: the base latent loss on paired rows, a bridge for all."""
+        """The encoder from noise: the base latent loss on paired rows, a bridge for the others."""
         o, p, texts = self.objective, self.rows.paired, self.rows.need_texts()
         shared = self._runs("latent") and o.shares_encoder_pass(self.weights)
-        bridges = self._runs("cycle_text", "prior")
+        reads = self._runs("cycle_text", "prior", "contrastive")
         if self._runs("latent") and not shared:
             self._base_latent()
-        if not (shared or bridges):
+        if not (shared or reads):
             return
-        texts = texts if bridges else texts.first(p)
-        noise = self._noise(len(texts.tokens))
-        # The prior trains the encoder whatever the cycle's policy freezes or detaches.
-        frozen = self._runs("cycle_text") and bool(o.text_policy.freeze_bridge)
-        learns = shared or (self._runs("prior") and not frozen)
-        with nullcontext() if learns else bridge_pass(self.denoiser, o.text_policy):
-            encoded = self._from_noise(texts, noise)
-            z_hat = encoded.z_hat(o.latent_process) if bridges else None
+        pairs, others = o.cycled(p, len(texts.tokens))
+        everyone = self._runs("prior")
+        all_pairs = shared or everyone or self._runs("contrastive")
+        needed = len(texts.tokens) - p if everyone else others * self._runs("cycle_text")
+        texts = texts.pick(p, p if all_pairs else pairs, needed)
+        noise, time = self._noise(texts.tokens), self._time(o.bridge_time, texts.tokens)
+        apart = o.bridges_apart(self.weights)
         if shared:
-            target = o.latent_process.target(
-                self.rows.need_latents()[:p], noise[:p], encoded.time[:p]
+            encoded = t2l(
+                self.denoiser, *texts, **self._processes(), start="noise", time=time, noise=noise
             )
-            self.losses["latent_loss"] = latent_loss(
-                encoded.prediction[:p], target, count=self.counts.get("latent_loss")
+            self.losses["latent_loss"] = encoded_loss(
+                encoded.first(p), self.rows.need_latents()[:p], **self._latent_options()
             )
-        if z_hat is None:
-            return
+            if not reads:
+                return
+            z_hat = o.latent_bridge.read(encoded, o.latent_process)
+        else:
+            z_hat = self._bridge(texts, noise, time, teaches=not apart)
         self.metrics |= _moments(z_hat.detach())
         if self.rows.latents is not None:
             self.metrics["latent_norm"] = _mean_norm(self.rows.latents)
         if self._runs("cycle_text"):
+            paired = p if all_pairs else pairs
             self.losses["cycle_text_loss"] = cycle_text_loss(
                 self.denoiser,
-                *texts,
-                text_process=o.text_process,
-                latent_process=o.latent_process,
-                z_hat=z_hat,
+                *texts.pick(paired, pairs, others),
+                **self._processes(),
+                z_hat=pick_rows(z_hat, paired, pairs, others),
+                bridge=o.latent_bridge,
+                generator=self.generator,
                 policy=o.text_policy,
                 count=self.counts.get("cycle_text_loss"),
             )
-        if self._runs("prior"):
-            if not learns:
-                z_hat = self._from_noise(texts, noise).z_hat(o.latent_process)
-            prior = mmd_prior if o.prior == "mmd" else moment_prior
-            self.losses["prior_loss"] = prior(z_hat, mean=o.prior_mean, variance=o.prior_variance)
+        if apart:
+            z_hat = self._bridge(texts, noise, time, teaches=True)
+        self._regularise(z_hat, texts)
 
-    def _from_noise(self, texts: Texts, noise: Latents) -> T2L:
-        o = self.objective
-        return t2l(
+    def _bridge(
+        self, texts: Texts, noise: Latents, time: Number | Time, *, teaches: bool
+    ) -> Latents:
+        """The latents of some texts, with a graph where what reads them trains the encoder."""
+        o, policy = self.objective, self.objective.text_policy
+        if teaches and o.teaches_encoder(self.weights):
+            # whatever the cycle detaches; through all passes only where it pays for that anyway
+            policy = GradientPolicy("full" if policy.bridge == "full" else "last")
+        elif not self._runs("cycle_text"):
+            policy = STOP_GRADIENT
+        return encode_text(
             self.denoiser,
             *texts,
-            text_process=o.text_process,
-            latent_process=o.latent_process,
-            start="noise",
-            time=o.bridge_time,
+            **self._processes(),
+            bridge=o.latent_bridge,
+            time=time,
             noise=noise,
+            policy=policy,
         )
+
+    def _regularise(self, z_hat: Latents, texts: Texts) -> None:
+        """The terms on the aggregate of the encoder's latents."""
+        o, p = self.objective, self.rows.paired
+        if self._runs("prior"):
+            self.losses["prior_loss"] = prior_loss(
+                o.prior,
+                o.prior_options,
+                z_hat,
+                denoiser=self.denoiser,
+                teacher=self.teacher,
+                tokens=texts.tokens,
+                mask=texts.mask,
+                **self._processes(),
+                pool=o.pool_prior,
+                generator=self._common_generator(z_hat) if o.pool_prior else self.generator,
+                count=self.counts.get("prior_loss"),
+            )
+        if self._runs("contrastive"):
+            self.losses["contrastive_loss"] = infonce_loss(
+                z_hat[:p],
+                self.rows.need_latents()[:p],
+                duplicates=same_text(*texts.first(p)),
+                **o.contrastive_options,
+            )
 
     def _base_latent(self) -> None:
         """The base latent loss in a pass of its own, below full noise or unlike the bridge."""
         o, p = self.objective, self.rows.paired
-        time: float | Tensor | None = o.base_latent_time
-        latents = self.rows.need_latents()[:p]
+        time = o.base_latent_time
         if time is None:
-            uniform = stratified_times(p, device=latents.device, generator=self.generator)
-            time = uniform * o.bridge_time
+            time = TimePolicy("uniform", high=highest(o.bridge_time, self.step))
         tokens, mask = self.rows.need_texts().first(p)
         self.losses["latent_loss"] = t2l_loss(
             self.denoiser,
             tokens,
-            latents,
+            self.rows.need_latents()[:p],
             mask,
             text_process=o.text_process,
-            latent_process=o.latent_process,
             time=time,
+            step=self.step,
             generator=self.generator,
-            count=self.counts.get("latent_loss"),
+            **self._latent_options(),
         )
 
     def _denoise_both(self) -> None:
@@ -188,15 +296,20 @@ class Step:
         mask = stack_masks(texts.mask, lengths)
         tokens = F.pad(texts.tokens, (0, mask.shape[1] - texts.tokens.shape[1], 0, extra))
         row = torch.arange(len(mask), device=mask.device)
+        has_text = row < p + alone
+        if o.null_rate > 0:
+            kept = stratified_times(p, device=mask.device, generator=self.generator) > o.null_rate
+            has_text = has_text & F.pad(kept, (0, alone + extra), value=True)
+        time = o.unconditional_latent_time
         loss = unconditional_loss(
             self.denoiser,
             o.text_process.pad(tokens, mask),
             torch.cat([latents[:p], blank, latents[p:]]),
             mask,
-            text_process=o.text_process,
-            latent_process=o.latent_process,
-            has_text=row < p + alone,
+            **self._processes(),
+            has_text=has_text,
             has_latent=(row < p) | (row >= p + alone),
+            latent_time=None if time is None else self._time(time, tokens),
             generator=self.generator,
             text_count=self.counts.get("unconditional_text_loss"),
             latent_count=self.counts.get("unconditional_latent_loss"),
@@ -204,15 +317,37 @@ class Step:
         self.losses["unconditional_text_loss"] = loss.text
         self.losses["unconditional_latent_loss"] = loss.latent
 
-    def _noise(self, rows: int) -> Latents:
-        texts, latents = self.rows.need_texts(), self.rows.latents
+    def _processes(self) -> dict[str, Any]:
+        o = self.objective
+        return {"text_process": o.text_process, "latent_process": o.latent_process}
+
+    def _latent_options(self) -> dict[str, Any]:
+        o = self.objective
+        return {
+            "latent_process": o.latent_process,
+            "space": o.latent_space,
+            "distance": o.latent_distance,
+            "min_snr": o.min_snr,
+            "count": self.counts.get("latent_loss"),
+        }
+
+    def _time(self, time: Number | TimePolicy, like: Tensor) -> Number | Time:
+        if not isinstance(time, TimePolicy):
+            return time
+        return time(len(like), step=self.step, device=like.device, generator=self.generator)
+
+    def _noise(self, like: Tensor) -> Latents:
         return draw_noise(
-            rows,
+            len(like),
             self.objective.latent_process,
-            at=texts.tokens,
-            like=latents,
+            at=like,
+            like=self.rows.latents,
             generator=self.generator,
         )
+
+    def _common_generator(self, like: Tensor) -> torch.Generator:
+        """Draws that are the same on every rank."""
+        return torch.Generator(like.device).manual_seed(self.objective.seed + self.step)
 
 
 def _mean_norm(latents: Latents) -> Tensor:

@@ -1,6 +1,6 @@
 """The losses both directions are trained with anyway, and the two formulas all others share."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,12 @@ from cyclevae._types import (
     Number,
     Prediction,
     Reduction,
-    Rows,
-    Scalar,
     Time,
     Tokens,
 )
 from cyclevae.denoiser import Denoiser
 from cyclevae.latent_process import LatentProcess, direction
-from cyclevae.passes import joint, l2t, only_present, t2l
+from cyclevae.passes import T2L, l2t, t2l
 from cyclevae.text_process import TextProcess
 from cyclevae.times import TimePolicy
 
@@ -73,7 +71,7 @@ def text_loss(
             f"got {list(logits.shape)}"
         )
     mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
-    return reduce_text(_token_nll(logits, tokens, mask), mask, reduction=reduction, count=count)
+    return reduce_text(token_nll(logits, tokens, mask), mask, reduction=reduction, count=count)
 
 
 def latent_loss(
@@ -296,6 +294,31 @@ def t2l_loss(
         noise=noise,
         generator=generator,
     )
+    return encoded_loss(
+        encoded,
+        latents,
+        latent_process=latent_process,
+        space=space,
+        distance=distance,
+        min_snr=min_snr,
+        reduction=reduction,
+        count=count,
+    )
+
+
+def encoded_loss(
+    encoded: T2L,
+    latents: Latents,
+    *,
+    latent_process: LatentProcess,
+    space: Prediction | None = None,
+    distance: LatentDistance = "mse",
+    min_snr: Number | None = None,
+    reduction: Reduction = "mean",
+    count: Count | None = None,
+) -> Loss:
+    """The loss of a T2L pass that has run: see `t2l_loss`."""
+    space = latent_process.prediction if space is None else space
     weight = None
     if min_snr is not None:
         weight = min_snr_weight(latent_process, encoded.time, space=space, gamma=min_snr)
@@ -306,124 +329,6 @@ def t2l_loss(
         weight=weight,
         reduction=reduction,
         count=count,
-    )
-
-
-class UnconditionalLoss(NamedTuple):
-    """The two terms of the unconditional mode.
-
-    Attributes:
-        text: a bound on the negative log-likelihood of a token, in nats.
-        latent: squared error in the prediction space.
-
-    Examples:
-        >>> UnconditionalLoss(text=torch.tensor(2.0), latent=torch.tensor(1.0)).text
-        tensor(2.)
-    """
-
-    text: Scalar
-    latent: Scalar
-
-
-def unconditional_loss(
-    denoiser: Denoiser,
-    tokens: Tokens,
-    latents: Latents,
-    attention_mask: MaskLike,
-    *,
-    text_process: TextProcess,
-    latent_process: LatentProcess,
-    has_text: Rows | None = None,
-    has_latent: Rows | None = None,
-    text_time: Number | Time | None = None,
-    latent_time: Number | Time | None = None,
-    noise: Latents | None = None,
-    generator: torch.Generator | None = None,
-    reduction: Literal["mean", "sum", "nats"] = "mean",
-    text_count: Count | None = None,
-    latent_count: Count | None = None,
-) -> UnconditionalLoss:
-    """Denoise both parts at once; rows may lack one of them.
-
-    Text: the masked-diffusion bound `E_r [1/r sum_masked -log p(y_l | y_r, z_t)]` at a random rate
-    `r`, per kept token. Latent: squared error at a random time. A row without a text has it fully
-    masked, a row without a latent sees pure noise; neither counts towards the missing part.
-
-    `has_text` may also leave out texts that are there. Their latents are then denoised knowing
-    nothing but the length of the text, which is what a learned prior asks of the model and what
-    partial masking hardly ever shows it.
-
-    Args:
-        denoiser: the model.
-        tokens: clean ids `[b, s]`.
-        latents: clean latents.
-        attention_mask: `[b, s]`, True = keep.
-        text_process: the text process.
-        latent_process: the latent process.
-        has_text: `[b]`, which rows have a text; all of them if not given.
-        has_latent: `[b]`, which rows have a latent; all of them if not given.
-        text_time: the rates, a number or `[b]`; stratified uniform if not given.
-        latent_time: a number or `[b]`; stratified uniform if not given.
-        noise: standard normal noise; drawn with `generator` if not given.
-        generator: random state of the draws.
-        reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
-        text_count: denominator in place of the kept tokens (`nats`: the number) of rows with a
-            text.
-        latent_count: denominator in place of the elements (`nats`: the number) of rows with a
-            latent.
-
-    Raises:
-        ValueError: wrong shapes or values, an unknown reduction.
-
-    Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
-
-    Examples:
-        >>> from cyclevae.testing import toy_batch, toy_denoiser
-        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
-        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
-        >>> text, latent = unconditional_loss(
-        ...     denoiser, tokens, latents, mask, text_process=text_process,
-        ...     latent_process=latent_process, has_latent=torch.tensor([True, True, False]),
-        ... )
-        >>> text.shape, latent.shape
-        (torch.Size([]), torch.Size([]))
-    """
-    _checks.check_choice("reduction", reduction, ("mean", "sum", "nats"))
-    _checks.check_row_mask("has_latent", has_latent, tokens)
-    if has_latent is not None:
-        latents = only_present(latents, has_latent)
-    out = joint(
-        denoiser,
-        tokens,
-        latents,
-        attention_mask,
-        text_process=text_process,
-        latent_process=latent_process,
-        has_text=has_text,
-        has_latent=has_latent,
-        text_time=text_time,
-        latent_time=latent_time,
-        noise=noise,
-        generator=generator,
-    )
-    kept = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
-    everyone = torch.ones_like(kept[:, 0])
-    has_text = everyone if has_text is None else has_text
-    has_latent = everyone if has_latent is None else has_latent
-    kept = kept & has_text[:, None]
-    masked = out.masked & kept
-    # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
-    nll = _token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
-    target = latent_process.target(latents, out.noise, out.latent_time)
-    squared = only_present((fp32(out.latent_prediction) - target).square(), has_latent)
-    per_row = reduction == "nats"
-    if text_count is None:
-        text_count = has_text.sum() if per_row else kept.sum()
-    if latent_count is None:
-        latent_count = has_latent.sum() * (1 if per_row else squared[:1].numel())
-    return UnconditionalLoss(
-        reduce_text(nll, masked, reduction=reduction, count=text_count),
-        reduce_latents(squared, reduction=reduction, count=latent_count),
     )
 
 
@@ -438,7 +343,8 @@ def _as_weight(weight: Tensor, error: Tensor) -> Tensor:
     return weight.to(error.dtype).view(-1, *[1] * (error.ndim - 1))
 
 
-def _token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:
+def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:
+    """Cross-entropy of each token where the mask is True, 0 elsewhere."""
     ignored = -100
     labels = tokens.long().masked_fill(~mask, ignored)
     # An ignored row still has the gradient 0 * softmax, which is NaN where its logits are.

@@ -56,6 +56,10 @@ class Texts(NamedTuple):
         """The first rows."""
         return Texts(self.tokens[:rows], self.mask[:rows])
 
+    def pick(self, paired: int, pairs: int, others: int) -> "Texts":
+        """The first pairs and the first others: see `pick_rows`."""
+        return Texts(*(pick_rows(part, paired, pairs, others) for part in self))
+
 
 class Arranged(NamedTuple):
     """A checked batch per direction: paired rows first, then unpaired ones.
@@ -160,6 +164,13 @@ def _check_devices(batch: Batch) -> None:
                 f"`batch.{name}` is on {device} and `batch.{first}` on {devices[first]}; "
                 "move the whole batch to one device"
             )
+
+
+def pick_rows(values: Tensor, paired: int, pairs: int, others: int) -> Tensor:
+    """The first `pairs` of the `paired` rows, and the first `others` of those after them."""
+    if pairs == paired:
+        return values[: paired + others]
+    return torch.cat([values[:pairs], values[paired : paired + others]])
 
 
 def stack_masks(*masks: Bool[Tensor, "_ _"]) -> Mask:

@@ -24,7 +24,7 @@ from cyclevae._types import (
 from cyclevae.base import LatentDistance, latent_loss, text_loss
 from cyclevae.bridges import AnyTextBridge, TextBridge, pseudo_text
 from cyclevae.denoiser import Denoiser, reading_relaxed
-from cyclevae.gradient_policy import GradientPolicy, detach, freeze
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, freeze
 from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import draw_noise, l2t, t2l
@@ -34,8 +34,6 @@ from cyclevae.text_marginal import text_marginal_loss
 from cyclevae.text_process import TextProcess
 from cyclevae.times import stratified_times
 from cyclevae.unmasking import unmask_text
-
-STOP_GRADIENT = GradientPolicy()
 
 
 def cycle_text_loss(
@@ -315,11 +313,6 @@ def _write(
         pseudo_text(logits, mask, text_process=text_process, bridge=bridge, generator=generator)
         for _ in range(texts)
     ]
-
-
-def bridge_pass(denoiser: Denoiser, policy: GradientPolicy) -> AbstractContextManager[object]:
-    """The context in which a bridge is made: without a graph, or with some parameters frozen."""
-    return policy.bridge_pass(denoiser)
 
 
 def _freeze(denoiser: Denoiser, patterns: tuple[str, ...]) -> AbstractContextManager[object]:

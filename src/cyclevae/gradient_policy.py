@@ -98,6 +98,9 @@ class GradientPolicy:
         return freeze(denoiser, *self.freeze_bridge) if self.freeze_bridge else nullcontext()
 
 
+STOP_GRADIENT = GradientPolicy()
+
+
 def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager[None]:
     """Give the chosen parameters no gradient from the forward passes that run inside.
 

@@ -9,9 +9,9 @@ from cyclevae import _checks
 from cyclevae._precision import fp32
 from cyclevae._types import Latents, MaskLike, Number, Time, Tokens
 from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import GradientPolicy
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.latent_process import LatentProcess, direction
-from cyclevae.passes import t2l
+from cyclevae.passes import T2L, t2l
 from cyclevae.text_process import TextProcess
 
 
@@ -86,6 +86,10 @@ class LatentBridge:
         """Each vector at length `norm`; unchanged without one."""
         return z if self.norm is None else (self.norm * direction(z)).to(z.dtype)
 
+    def read(self, encoded: T2L, latent_process: LatentProcess) -> Latents:
+        """The guarded latent of the last pass of the encoder."""
+        return self.normed(self.thresholded(encoded.z_hat(latent_process)))
+
     def noised(self, z_hat: Latents, *, generator: torch.Generator | None = None) -> Latents:
         """What crosses to the decoder: `z_hat` with `noise`, drawn with `generator`."""
         if self.noise == 0:
@@ -111,7 +115,6 @@ class LatentBridge:
 
 
 ONE_SHOT = LatentBridge()
-STOP_GRADIENT = GradientPolicy()
 
 
 def encode_text(
@@ -183,8 +186,8 @@ def encode_text(
                 noise=z_t,
                 generator=generator,
             )
-            z_hat = bridge.thresholded(encoded.z_hat(latent_process))
             if not last:
+                z_hat = bridge.thresholded(encoded.z_hat(latent_process))
                 to = _checks.as_time("time", times[k + 1], encoded.time)
                 z_t = latent_process.ddim(z_hat, encoded.z_t, encoded.time, to)
-    return bridge.normed(z_hat)
+    return bridge.read(encoded, latent_process)

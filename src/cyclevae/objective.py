@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cyclevae import _checks
+from cyclevae._plan import Planned
+from cyclevae._prior import reads_teacher
 from cyclevae._step import Step
 from cyclevae._types import Count, Scalar
 from cyclevae.batch import Batch, arrange
 from cyclevae.denoiser import Denoiser
-from cyclevae.options import TERMS, Options
+from cyclevae.options import TERMS
+from cyclevae.teacher import Teacher
 
 
 class StepOutput(NamedTuple):
@@ -34,16 +37,18 @@ class StepOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CycleObjective(Options):
+class CycleObjective(Planned):
     """The whole objective of one step; with the two processes alone it is the recommended recipe.
 
     `loss = sum of weight * term` over: `text` (L2T on pairs), `latent` (T2L on pairs),
     `unconditional` (both parts noised; unpaired rows train the part they have), `cycle_text`
-    (T2L2T) and `cycle_latent` (L2T2L) on paired and unpaired rows, and `prior` on the encoder's
-    latents. A weight is a number or a function of the step (see `ramp`); a term whose weight is 0
-    costs no forward pass. Base terms and cycles together are four passes, and the unconditional
-    term is a fifth. Latent terms are means over dimensions, of a size near 1, and weigh 5 beside
-    cross-entropies of a token; a cycle weighs twice its base loss.
+    (T2L2T) and `cycle_latent` (L2T2L) on paired and unpaired rows, `prior` on the encoder's
+    latents, `sleep` (T2L of texts that the decoder dreams of real latents), `contrastive` (InfoNCE
+    on pairs) and `text_marginal` (the decoder writes probable texts). A weight is a number or a
+    function of the step (see `ramp`); a term whose weight is 0 costs no forward pass. Base terms
+    and cycles together are four passes, and the unconditional term is a fifth: see `passes`. Latent
+    terms are means over dimensions, of a size near 1, and weigh 5 beside cross-entropies of a
+    token; a cycle weighs twice its base loss.
 
     Attributes:
         text_process: the text process.
@@ -54,21 +59,41 @@ class CycleObjective(Options):
         cycle_text_weight: of the text cycle.
         cycle_latent_weight: of the latent cycle.
         prior_weight: of the prior.
-        prior: `moment` or `mmd`.
-        prior_mean: of the prior's Gaussian, a number or in the shape of a latent.
-        prior_variance: likewise.
-        bridge_time: at which the encoder of both cycles starts from noise.
+        sleep_weight: of `ddvi_sleep_loss`.
+        contrastive_weight: of `infonce_loss`.
+        text_marginal_weight: of `text_marginal_loss` on relaxed pseudo-texts, in nats per text.
+        prior: `moment`, `mmd`, `sigreg`, `learned` or `ddvi` (the wake KL), or a function of the
+            latents that returns a scalar.
+        prior_options: keyword arguments of that prior, such as `{"mean": 0.5, "variance": 2.0}`.
+        pool_prior: take the prior of the joined batch of all ranks: see `pool_rows`.
+        contrastive_options: `temperature` and `critic` of `infonce_loss`.
+        bridge_time: at which the encoder of both cycles starts from noise, a number or a
+            `TimePolicy`.
         base_latent_time: of the base encoder loss; 1.0 shares the bridge's pass, None draws
-            uniform times up to `bridge_time`.
-        bridge: the text bridge of the latent cycle, `argmax` or `categorical`.
-        temperature: of the categorical bridge.
+            uniform times up to `bridge_time`; or a `TimePolicy`.
+        unconditional_latent_time: of the unconditional mode; stratified uniform if None.
+        null_text_rate: the share of pairs whose text is fully masked in the unconditional mode,
+            the state that `learned` and `ddvi` read; if None, 0.1 where one of them is the prior,
+            else 0.
+        latent_distance: of the base encoder loss: see `latent_loss`.
+        latent_space: in which it compares: see `t2l_loss`.
+        min_snr: its cap of the signal-to-noise ratio: see `t2l_loss`.
+        cycle_latent_distance: of the latent cycle.
+        text_bridge: of the latent cycle: a `TextBridge`, its name, or a function.
+        latent_bridge: how the encoder makes the latents of the text cycle and the prior.
         show_latent: let the encoder of the latent cycle see the noised true latent.
         text_policy: who learns from the text cycle.
         latent_policy: who learns from the latent cycle.
+        p_dual: the share of steps that run both cycles; the others run one, text and latent in
+            turn. The text marginal and the sleep term go with the latent cycle. 0 alternates.
+        cycle_every: run the cycles at every so many steps only.
+        cycle_fraction: the share of pairs, and of other rows, that the cycles run on: the first
+            ones of a batch, so batches must be in random order.
+        seed: of the steps that `p_dual` chooses, and of draws that ranks must share.
 
     Raises:
-        ValueError: an unknown option, a negative, NaN or infinite weight, or an epsilon process
-            whose bridge would be ill-conditioned.
+        ValueError: an unknown option, a value out of range, options that do not go together, or an
+            epsilon process whose bridge would be ill-conditioned.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -98,18 +123,29 @@ class CycleObjective(Options):
         like = next((part for part in batch if part is not None), torch.zeros(0))
         zero = torch.zeros((), device=like.device)
         p, texts, latents = rows.paired, rows.texts, rows.latents
-        tokens = zero if texts is None else texts.mask.sum()
-        paired_tokens = zero if texts is None else texts.mask[:p].sum()
-        elements = zero if latents is None else zero + latents.numel()
-        paired_elements = zero if latents is None else zero + latents[:p].numel()
+        tokens = paired_tokens = cycled_tokens = zero
+        if texts is not None:
+            pairs, others = self.cycled(p, len(texts.mask))
+            tokens, paired_tokens = texts.mask.sum(), texts.mask[:p].sum()
+            cycled_tokens = texts.pick(p, pairs, others).mask.sum()
+        elements = 0 if latents is None else latents[:1].numel()
+        width = 1 if latents is None else latents.shape[-1]
+        all_latents = 0 if latents is None else len(latents)
+        cycled = sum(self.cycled(p, all_latents))
+        vectors = {"cosine": elements // width}  # one error per vector
         counts = {
             "text_loss": paired_tokens,
-            "latent_loss": paired_elements,
-            "unconditional_text_loss": tokens,
-            "unconditional_latent_loss": elements,
-            "cycle_text_loss": tokens,
-            "cycle_latent_loss": elements,
+            "latent_loss": zero + p * vectors.get(self.latent_distance, elements),
+            # a null rate leaves texts out at random
+            "unconditional_text_loss": tokens - self.null_rate * paired_tokens,
+            "unconditional_latent_loss": zero + all_latents * elements,
+            "cycle_text_loss": cycled_tokens,
+            "cycle_latent_loss": zero + cycled * vectors.get(self.cycle_latent_distance, elements),
+            "sleep_loss": zero + cycled * elements,
+            "text_marginal_loss": zero + cycled,
         }
+        if reads_teacher(self.prior):
+            counts["prior_loss"] = zero + (0 if texts is None else len(texts.mask))
         # Tensors of their own, so that each may be summed over ranks in place.
         return {name: count.clone() for name, count in counts.items()}
 
@@ -121,6 +157,7 @@ class CycleObjective(Options):
         step: int,
         generator: torch.Generator | None = None,
         counts: Mapping[str, Count] | None = None,
+        teacher: Denoiser | None = None,
     ) -> StepOutput:
         """Run the passes of a step and weigh their terms.
 
@@ -130,15 +167,22 @@ class CycleObjective(Options):
             step: the training step, from which weights are computed.
             generator: random state of all draws, on the batch's device.
             counts: global denominators by metric name: see `counts`.
+            teacher: a frozen copy of the model, `Teacher(network).denoiser`, which the priors
+                `learned` and `ddvi` need.
 
         Raises:
-            ValueError: wrong shapes or values, an unknown count, or a direction without rows.
+            ValueError: wrong shapes or values, an unknown count, a direction without rows, or a
+                prior without its teacher.
         """
         weights = self.weights(step)
         if not weights:
-            raise ValueError(f"every weight is 0 at step {step}: there is nothing to train on")
+            raise ValueError(
+                f"no term runs at step {step}: every weight is 0, or only cycles weigh and "
+                "`cycle_every` or `p_dual` lets them rest"
+            )
         rows = arrange(batch, self.text_process, self.latent_process)
-        run = Step(self, denoiser, rows, weights, generator, self._checked_counts(counts))
+        counts = self._checked_counts(counts)
+        run = Step(self, denoiser, teacher, rows, weights, step, generator, counts)
         losses, metrics = run.terms()
         loss = torch.stack(
             [
@@ -154,7 +198,13 @@ class CycleObjective(Options):
         return StepOutput(loss, {"loss": loss.detach(), **metrics})
 
     def _checked_counts(self, counts: Mapping[str, Count] | None) -> Mapping[str, Count]:
-        known = [name for term in TERMS if term != "prior" for name in _LOSSES[term]]
+        statistics = () if reads_teacher(self.prior) else ("prior",)
+        known = [
+            name
+            for term in TERMS
+            if term not in (*statistics, "contrastive")
+            for name in _LOSSES[term]
+        ]
         for name in counts or {}:
             if name not in known:
                 raise ValueError(f"unknown count {name!r}; {_checks.nearest(name, known)}")
@@ -168,7 +218,26 @@ _LOSSES = {
     "cycle_text": ("cycle_text_loss",),
     "cycle_latent": ("cycle_latent_loss",),
     "prior": ("prior_loss",),
+    "sleep": ("sleep_loss",),
+    "contrastive": ("contrastive_loss",),
+    "text_marginal": ("text_marginal_loss",),
 }
+
+
+class AnyObjective(Protocol):
+    """A `CycleObjective`, or `Phases` of one."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        counts: Mapping[str, Count] | None = None,
+        teacher: Denoiser | None = None,
+    ) -> StepOutput:
+        """Run a step."""
 
 
 class StepModule(nn.Module):
@@ -176,6 +245,15 @@ class StepModule(nn.Module):
 
     `forward(batch, step)` runs every pass of a step inside one forward, so that DDP sees a single
     forward and backward however many passes the plan has.
+
+    Args:
+        denoiser: the model, made by `as_denoiser`.
+        objective: a `CycleObjective`, or the `phases` of one.
+        teacher: a `Teacher`, for the priors `learned` and `ddvi`; it is part of the `state_dict`.
+            Call `teacher.update(network)` after each optimizer step.
+
+    Raises:
+        TypeError: a denoiser without a registered network, or a teacher that is no `Teacher`.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -185,7 +263,9 @@ class StepModule(nn.Module):
         0
     """
 
-    def __init__(self, denoiser: Denoiser, objective: CycleObjective) -> None:
+    def __init__(
+        self, denoiser: Denoiser, objective: AnyObjective, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         network = getattr(denoiser, "network", None)
         if not isinstance(network, nn.Module):
@@ -193,9 +273,15 @@ class StepModule(nn.Module):
                 "StepModule needs a denoiser whose `network` is its torch.nn.Module, so that its "
                 f"parameters are registered; got {type(denoiser).__name__}: make it by as_denoiser"
             )
+        if teacher is not None and not isinstance(teacher, Teacher):
+            raise TypeError(
+                f"`teacher` must be a Teacher, got {type(teacher).__name__}; "
+                "make it by Teacher(network)"
+            )
         self.network = network
         self.denoiser = denoiser
         self.objective = objective
+        self.teacher = teacher
 
     def forward(
         self,
@@ -205,4 +291,12 @@ class StepModule(nn.Module):
         counts: Mapping[str, Count] | None = None,
     ) -> StepOutput:
         """One step of the objective."""
-        return self.objective(self.denoiser, batch, step=step, generator=generator, counts=counts)
+        teacher = None if self.teacher is None else self.teacher.denoiser
+        return self.objective(
+            self.denoiser,
+            batch,
+            step=step,
+            generator=generator,
+            counts=counts,
+            teacher=teacher,
+        )

@@ -1,40 +1,56 @@
-"""What a step may be told: the weight of each term, the bridges, and who learns."""
+"""What a step may be told: the weight of each term, the bridges, the prior, and who learns."""
 
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args
 
 from cyclevae import _checks
 from cyclevae._config import dump, load
-from cyclevae._types import Number, Schedule
-from cyclevae.bridges import Bridge
-from cyclevae.cycles import STOP_GRADIENT
-from cyclevae.gradient_policy import GradientPolicy
+from cyclevae._prior import Prior, as_tensors, check_prior, reads_teacher
+from cyclevae._types import Number, Prediction, Schedule
+from cyclevae.base import LatentDistance
+from cyclevae.bridges import AnyTextBridge, TextBridge
+from cyclevae.contrastive import Critic
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy
+from cyclevae.latent_bridges import ONE_SHOT, LatentBridge
 from cyclevae.latent_process import LatentProcess
-from cyclevae.priors._samples import Moment
-from cyclevae.schedules import Ramp
+from cyclevae.schedules import Anneal, Ramp
 from cyclevae.text_process import TextProcess
+from cyclevae.times import TimePolicy
 
 Weight = Number | Ramp | Schedule
-Prior = Literal["moment", "mmd"]
 CONFIG_VERSION = 1
 Self_ = TypeVar("Self_", bound="Options")
-TERMS = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
+TERMS = (
+    "text",
+    "latent",
+    "unconditional",
+    "cycle_text",
+    "cycle_latent",
+    "prior",
+    "sleep",
+    "contrastive",
+    "text_marginal",
+)
+READ_A_BRIDGE = ("cycle_text", "cycle_latent", "prior", "contrastive")
 _PARTS = {
     "text_process": TextProcess,
     "latent_process": LatentProcess,
     "text_policy": GradientPolicy,
     "latent_policy": GradientPolicy,
+    "text_bridge": TextBridge,
+    "latent_bridge": LatentBridge,
+    "bridge_time": TimePolicy,
+    "base_latent_time": TimePolicy,
+    "unconditional_latent_time": TimePolicy,
+    "high": Anneal,
     **{f"{term}_weight": Ramp for term in TERMS},
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a `CycleObjective`, which pass they need, and their plain form."""
+    """The options of a `CycleObjective`, and their plain form."""
 
     text_process: TextProcess
     latent_process: LatentProcess
@@ -44,87 +60,80 @@ class Options:
     cycle_text_weight: Weight = 2.0
     cycle_latent_weight: Weight = 10.0
     prior_weight: Weight = 0.0
+    sleep_weight: Weight = 0.0
+    contrastive_weight: Weight = 0.0
+    text_marginal_weight: Weight = 0.0
     prior: Prior = "mmd"
-    prior_mean: Moment | None = None
-    prior_variance: Moment = 1.0
-    bridge_time: Number = 1.0
-    base_latent_time: Number | None = 1.0
-    bridge: Bridge = "argmax"
-    temperature: Number = 1.0
+    prior_options: Mapping[str, Any] = field(default_factory=dict)
+    pool_prior: bool = False
+    contrastive_options: Mapping[str, Any] = field(default_factory=dict)
+    bridge_time: Number | TimePolicy = 1.0
+    base_latent_time: Number | TimePolicy | None = 1.0
+    unconditional_latent_time: Number | TimePolicy | None = None
+    null_text_rate: Number | None = None
+    latent_distance: LatentDistance = "mse"
+    latent_space: Prediction | None = None
+    min_snr: Number | None = None
+    cycle_latent_distance: LatentDistance = "mse"
+    text_bridge: AnyTextBridge = "argmax"
+    latent_bridge: LatentBridge = ONE_SHOT
     show_latent: bool = False
     text_policy: GradientPolicy = STOP_GRADIENT
     latent_policy: GradientPolicy = STOP_GRADIENT
+    p_dual: Number = 1.0
+    cycle_every: int = 1
+    cycle_fraction: Number = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for term in TERMS:
             weight = getattr(self, f"{term}_weight")
             if not callable(weight):
                 _checks.check_nonnegative(f"{term}_weight", weight)
-        _checks.check_choice("prior", self.prior, get_args(Prior))
-        _checks.check_choice("bridge", self.bridge, get_args(Bridge))
-        _checks.check_positive("temperature", self.temperature)
-        for name in ("prior_mean", "prior_variance"):
-            moment = getattr(self, name)
-            if isinstance(moment, int | float) and not math.isfinite(moment):
-                raise ValueError(f"`{name}` must be finite, got {moment!r}")
-        if isinstance(self.prior_variance, int | float):
-            _checks.check_positive("prior_variance", self.prior_variance)
-        for name in ("bridge_time", "base_latent_time"):
-            time = getattr(self, name)
-            if time is not None and not 0 <= time <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], got {time!r}")
-        if self.latent_policy.bridge != "detach":
+        for name in ("latent_distance", "cycle_latent_distance"):
+            _checks.check_choice(name, getattr(self, name), get_args(LatentDistance))
+        if self.latent_space is not None:
+            _checks.check_choice("latent_space", self.latent_space, get_args(Prediction))
+        if self.min_snr is not None:
+            _checks.check_positive("min_snr", self.min_snr)
+        for name in ("p_dual", "null_text_rate"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {share!r}")
+        if not 0 < self.cycle_fraction <= 1:
+            raise ValueError(f"`cycle_fraction` must lie in (0, 1], got {self.cycle_fraction!r}")
+        if not (isinstance(self.cycle_every, int) and self.cycle_every >= 1):
             raise ValueError(
-                f"`latent_policy.bridge` must be 'detach', got {self.latent_policy.bridge!r}: the "
-                f"{self.bridge!r} bridge is a choice of ids and has no gradient"
+                f"`cycle_every` must be an integer of at least 1, got {self.cycle_every!r}"
             )
-        if any(
-            getattr(self, f"{term}_weight") != 0 for term in ("cycle_text", "cycle_latent", "prior")
-        ):
-            self.latent_process.refuse_ill_conditioned(self.bridge_time)
+        self._check_times()
+        self.bridge.check_policy(self.latent_policy)
+        if self.text_marginal_weight != 0 and self.bridge.differentiable is False:
+            raise ValueError(
+                f"`text_marginal_weight` teaches the decoder through a relaxed text, and the "
+                f"{str(self.bridge)!r} bridge makes none; use a bridge such as 'gumbel' with "
+                "latent_policy=GradientPolicy('full'), or the `marginal_weight` of 'rloo'"
+            )
+        check_prior(
+            self.prior,
+            self.prior_options,
+            pool=self.pool_prior,
+            text_process=self.text_process,
+            latent_process=self.latent_process,
+        )
+        self._check_contrastive()
 
-    def weights(self, step: int) -> dict[str, Number]:
-        """The terms that run at a step and what they weigh; the same on every rank.
+    @property
+    def bridge(self) -> TextBridge:
+        """The text bridge, where `text_bridge` may be a bare name or a function."""
+        return TextBridge.of(self.text_bridge)
 
-        Examples:
-            >>> from cyclevae import CycleObjective, ramp
-            >>> from cyclevae.testing import toy_batch, toy_denoiser
-            >>> _, text_process, latent_process = toy_denoiser(seed=0)
-            >>> objective = CycleObjective(
-            ...     text_process, latent_process, cycle_text_weight=ramp(2.0, warmup_steps=10)
-            ... )
-            >>> "cycle_text" in objective.weights(9), "cycle_text" in objective.weights(10)
-            (False, True)
-        """
-        weights = {}
-        for term in TERMS:
-            weight = getattr(self, f"{term}_weight")
-            if callable(weight):
-                weight = weight(step)
-                if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
-                    _checks.check_nonnegative(f"{term}_weight({step})", weight)
-            if weight > 0:
-                weights[term] = weight
-        return weights
-
-    def passes(self, step: int) -> int:
-        """The forward passes of the denoiser at a step.
-
-        Examples:
-            >>> from cyclevae import CycleObjective, ramp
-            >>> from cyclevae.testing import toy_batch, toy_denoiser
-            >>> _, text_process, latent_process = toy_denoiser(seed=0)
-            >>> objective = CycleObjective(text_process, latent_process)
-            >>> objective.passes(step=0)  # base and cycles share four, the unconditional has one
-            5
-        """
-        terms = self.weights(step).keys()
-        bridges = bool(terms & {"cycle_text", "prior"})
-        own_base = "latent" in terms and not (bridges and self.shares_encoder_pass(terms))
-        own_prior = {"cycle_text", "prior"} <= terms and bool(self.text_policy.freeze_bridge)
-        decodes = bool(terms & {"text", "cycle_latent"})
-        alone = len(terms & {"unconditional", "cycle_text", "cycle_latent"})
-        return bridges + own_base + own_prior + decodes + alone
+    @property
+    def null_rate(self) -> Number:
+        """The share of unconditional pairs whose text is fully masked."""
+        if self.null_text_rate is not None:
+            return self.null_text_rate
+        return 0.1 if self.prior_weight != 0 and reads_teacher(self.prior) else 0.0
 
     def to_config(self) -> dict[str, Any]:
         """Every option and the version as a plain dict, for YAML or JSON.
@@ -137,14 +146,14 @@ class Options:
             >>> from cyclevae.testing import toy_batch, toy_denoiser
             >>> _, text_process, latent_process = toy_denoiser(seed=0)
             >>> objective = CycleObjective(text_process, latent_process)
-            >>> objective.to_config()["bridge"]
+            >>> objective.to_config()["text_bridge"]
             'argmax'
         """
         return {"version": CONFIG_VERSION, **dump(self)}
 
     @classmethod
     def from_config(cls: type[Self_], config: Mapping[str, Any]) -> Self_:
-        """The objective that `to_config` wrote; a ramp is a dict of its arguments.
+        """The objective that `to_config` wrote; a ramp, a bridge or times are dicts of arguments.
 
         Raises:
             ValueError: an unknown key, with the nearest name, or another version.
@@ -161,17 +170,34 @@ class Options:
         version = options.pop("version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
             raise ValueError(f"`version` must be {CONFIG_VERSION}, got {version!r}")
-        parts: dict[str, Any] = {}
-        for name, part in _PARTS.items():
-            if isinstance(options.get(name), Mapping):
-                parts[name] = load(part, options[name])
-        for name in ("prior_mean", "prior_variance"):
-            if isinstance(options.get(name), list):
-                parts[name] = torch.tensor(options[name])
-        return load(cls, options, **parts)
+        if isinstance(options.get("prior_options"), Mapping):
+            options["prior_options"] = as_tensors(options["prior_options"])
+        return load(cls, options, _PARTS)
 
-    def shares_encoder_pass(self, terms: Collection[str]) -> bool:
-        """Whether the base encoder loss reads the pass that makes the bridge."""
-        # Below full noise the base pass has seen the true latent and must not become a bridge.
-        full_noise = self.base_latent_time == self.bridge_time == 1.0
-        return full_noise and not ("cycle_text" in terms and self.text_policy.freeze_bridge)
+    def _check_times(self) -> None:
+        for name in ("bridge_time", "base_latent_time", "unconditional_latent_time"):
+            time = getattr(self, name)
+            if isinstance(time, int | float) and not 0 <= time <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {time!r}")
+        if any(getattr(self, f"{term}_weight") != 0 for term in READ_A_BRIDGE):
+            self.latent_process.refuse_ill_conditioned(highest(self.bridge_time))
+        if self.latent_weight != 0 and isinstance(self.base_latent_time, int | float):
+            space = self.latent_space or self.latent_process.prediction
+            self.latent_process.refuse_ill_conditioned(self.base_latent_time, space=space)
+
+    def _check_contrastive(self) -> None:
+        known = ("temperature", "critic")
+        for name, value in self.contrastive_options.items():
+            if name not in known:
+                raise ValueError(
+                    f"unknown key {name!r} in `contrastive_options`; {_checks.nearest(name, known)}"
+                )
+            if name == "critic":
+                _checks.check_choice("contrastive_options['critic']", value, get_args(Critic))
+            else:
+                _checks.check_positive("contrastive_options['temperature']", value)
+
+
+def highest(time: Number | TimePolicy, step: int = 0) -> Number:
+    """The highest time that may come at a step."""
+    return time.highest(step) if isinstance(time, TimePolicy) else time

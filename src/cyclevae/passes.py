@@ -82,6 +82,17 @@ class T2L(NamedTuple):
     time: Time
     stated_time: Number | Time
 
+    def first(self, rows: int) -> "T2L":
+        """The pass of the first rows."""
+        time = self.stated_time
+        return T2L(
+            self.prediction[:rows],
+            self.z_t[:rows],
+            self.noise[:rows],
+            self.time[:rows],
+            time[:rows] if isinstance(time, Tensor) else time,
+        )
+
     def z_hat(self, latent_process: LatentProcess) -> Latents:
         """The clean latents this pass means; refused where the gain is above `max_gain`."""
         latent_process.refuse_ill_conditioned(self.stated_time)

@@ -45,11 +45,10 @@ def pool_rows(
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
         return z
-    pooled: Tensor = _pool(z, group)
+    pooled: Tensor = torch.compiler.disable(_pool)(z, group)  # at the call: it imports dynamo
     return pooled
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _pool(z: Tensor, group: Any) -> Tensor:
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = torch.zeros(world, 2, dtype=torch.long, device=z.device)
