@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from cyclevae.base import text_loss, unconditional_loss
+from cyclevae.base import text_loss
 from cyclevae.denoiser import Denoised, as_denoiser
 from cyclevae.gradient_policy import detach
 from cyclevae.latent_process import LatentProcess
 from cyclevae.testing import assert_frozen, assert_learns, toy_batch, toy_denoiser
 from cyclevae.text_marginal import text_marginal_loss
 from cyclevae.text_process import TextProcess
+from cyclevae.unconditional import unconditional_loss
 from oracles import Spy, array, assert_near_mean
 from strategies import quick, seeds
 

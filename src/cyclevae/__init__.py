@@ -18,6 +18,7 @@ from cyclevae.denoiser import Denoised as Denoised
 from cyclevae.denoiser import Denoiser as Denoiser
 from cyclevae.denoiser import EncoderDecoder as EncoderDecoder
 from cyclevae.denoiser import as_denoiser as as_denoiser
+from cyclevae.denoiser import embed_tokens as embed_tokens
 from cyclevae.gradient_policy import GradientPolicy as GradientPolicy
 from cyclevae.gradient_policy import detach as detach
 from cyclevae.gradient_policy import freeze as freeze

@@ -67,9 +67,9 @@ class Step:
             rows.need_texts()
         if self._runs("text", "unconditional", *LATENT_HALF):
             rows.need_latents()
-        if self._runs("prior") and needs_two_rows(o.prior, o.pool_prior):
-            if len(rows.need_texts().tokens) < 2:
-                raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
+        few = rows.texts is None or len(rows.texts.tokens) < 2
+        if self._runs("prior") and few and needs_two_rows(o.prior, o.pool_prior):
+            raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
         if self._runs("contrastive") and rows.paired < 2:
             raise ValueError("InfoNCE compares pairs: give at least 2, or set its weight to 0")
         for policy in (o.text_policy, o.latent_policy):

@@ -186,8 +186,10 @@ def encode_text(
                 noise=z_t,
                 generator=generator,
             )
-            if not last:
-                z_hat = bridge.thresholded(encoded.z_hat(latent_process))
+            z_hat = bridge.thresholded(encoded.z_hat(latent_process))
+            if last:
+                z_hat = bridge.normed(z_hat)
+            else:
                 to = _checks.as_time("time", times[k + 1], encoded.time)
                 z_t = latent_process.ddim(z_hat, encoded.z_t, encoded.time, to)
-    return bridge.read(encoded, latent_process)
+    return z_hat

@@ -1,8 +1,8 @@
 """One training step: which passes run, what they weigh, what is reported."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,8 +177,8 @@ class CycleObjective(Planned):
         weights = self.weights(step)
         if not weights:
             raise ValueError(
-                f"no term runs at step {step}: every weight is 0, or only cycles weigh and "
-                "`cycle_every` or `p_dual` lets them rest"
+                f"there is nothing to train on at step {step}: every weight is 0, or only cycles "
+                "weigh and `cycle_every` or `p_dual` lets them rest"
             )
         rows = arrange(batch, self.text_process, self.latent_process)
         counts = self._checked_counts(counts)
@@ -224,22 +224,6 @@ _LOSSES = {
 }
 
 
-class AnyObjective(Protocol):
-    """A `CycleObjective`, or `Phases` of one."""
-
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        batch: Batch,
-        *,
-        step: int,
-        generator: torch.Generator | None = None,
-        counts: Mapping[str, Count] | None = None,
-        teacher: Denoiser | None = None,
-    ) -> StepOutput:
-        """Run a step."""
-
-
 class StepModule(nn.Module):
     """Objective and network as one module: what one wraps in DDP or compiles.
 
@@ -264,7 +248,10 @@ class StepModule(nn.Module):
     """
 
     def __init__(
-        self, denoiser: Denoiser, objective: AnyObjective, teacher: Teacher | None = None
+        self,
+        denoiser: Denoiser,
+        objective: Callable[..., StepOutput],
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         network = getattr(denoiser, "network", None)

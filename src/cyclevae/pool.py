@@ -45,7 +45,8 @@ def pool_rows(
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
         return z
-    pooled: Tensor = torch.compiler.disable(_pool)(z, group)  # at the call: it imports dynamo
+    apart: Any = torch.compiler.disable  # at the call, because it imports dynamo; no annotations
+    pooled: Tensor = apart(_pool)(z, group)
     return pooled
 
 
