@@ -12,6 +12,7 @@ import torch
 import cyclevae as cv
 from cyclevae import _checks
 from cyclevae.latent_process import LatentProcess
+from cyclevae.options import TERMS
 from cyclevae.testing import toy_batch, toy_denoiser
 from oracles import Spy
 
@@ -327,7 +328,9 @@ PASSES = cases(
         "`bridge` is 'agmax'; did you mean 'argmax'?",
     ),
     temperature=(
-        lambda spy, g: latent_cycle(spy, bridge="categorical", temperature=0.0, generator=g),
+        lambda spy, g: latent_cycle(
+            spy, bridge=cv.TextBridge("categorical", temperature=0.0), generator=g
+        ),
         ValueError,
         "`temperature` must be above 0, got 0",
     ),
@@ -468,9 +471,9 @@ def test_noise_and_latents_are_not_broadcast():
         "`estimator` is 'unbiase'; did you mean 'unbiased'?",
     ),
     bridge=(
-        lambda: cv.pseudo_text(LOGITS, MASK, text_process=TEXT, bridge="soft"),
+        lambda: cv.pseudo_text(LOGITS, MASK, text_process=TEXT, bridge="sft"),
         ValueError,
-        "`bridge` is 'soft'; known are 'argmax', 'categorical'",
+        "`bridge` is 'sft'; did you mean 'soft'?",
     ),
     prior_latents=(
         lambda: cv.moment_prior(Z[0]),
@@ -485,7 +488,7 @@ def test_options(call, exception, words):
 # --- the objective and its batch --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("term", ["text", "latent", "unconditional", "cycle_text", "prior"])
+@pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1", None])
 def test_weights(term, weight):
     expected = rf"`{term}_weight` must be a finite number of at least 0, got {weight!r}"
@@ -504,15 +507,10 @@ def test_weights(term, weight):
         ValueError,
         "`prior` is 'mdm'; did you mean 'mmd'?",
     ),
-    bridge=(
-        lambda: cv.CycleObjective(TEXT, LATENT, bridge="argmx"),
+    text_bridge=(
+        lambda: cv.CycleObjective(TEXT, LATENT, text_bridge="argmx"),
         ValueError,
         "`bridge` is 'argmx'; did you mean 'argmax'?",
-    ),
-    temperature=(
-        lambda: cv.CycleObjective(TEXT, LATENT, temperature=-1.0),
-        ValueError,
-        "`temperature` must be",
     ),
     bridge_time=(
         lambda: cv.CycleObjective(TEXT, LATENT, bridge_time=1.2),
@@ -527,7 +525,7 @@ def test_weights(term, weight):
     full_bridge=(
         lambda: cv.CycleObjective(TEXT, LATENT, latent_policy=cv.GradientPolicy("full")),
         ValueError,
-        "`latent_policy.bridge` must be 'detach', got 'full'",
+        "the 'argmax' bridge is a choice of ids and has no gradient",
     ),
     count=(
         lambda: cv.CycleObjective(TEXT, LATENT)(
