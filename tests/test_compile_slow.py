@@ -52,7 +52,7 @@ DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 FULL = cv.GradientPolicy("full", freeze=("word.*", "text_head.*"), freeze_bridge=("shared.*",))
 STEPS = {
     "default": {},
-    "categorical": {"bridge": "categorical", "prior": "moment", "prior_weight": 1.0},
+    "categorical": {"text_bridge": "categorical", "prior": "moment", "prior_weight": 1.0},
     "policy": {"text_policy": FULL, "latent_policy": cv.GradientPolicy(freeze=("times.*",))},
     "predicted end": {"text_process": replace(TEXT, end_id=3, end="predicted")},
     "placed ends": {"text_process": replace(TEXT, start_id=4, end_id=3)},

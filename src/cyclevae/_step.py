@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,15 @@ from cyclevae.times import TimePolicy, stratified_times
 from cyclevae.unconditional import unconditional_loss
 
 
-@dataclass
-class Step:
-    """One step of an objective; `terms` runs it."""
+class Step(NamedTuple):
+    """One step of an objective; `terms` runs it.
+
+    A named tuple: dynamo compiles anew for a number that a plain object is given as attribute.
+
+    Attributes:
+        losses: the terms that have run, by metric name.
+        metrics: statistics beside them.
+    """
 
     objective: Planned
     denoiser: Denoiser
@@ -41,11 +46,11 @@ class Step:
     step: int
     generator: torch.Generator | None
     counts: Mapping[str, Count]
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
     def terms(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms that run, by metric name, and statistics beside them."""
-        self.losses: dict[str, Tensor] = {}
-        self.metrics: dict[str, Tensor] = {}
+        """Run the passes: the terms, and the statistics beside them."""
         self._check()
         if self._runs("text", *LATENT_HALF):
             self._decode()
@@ -203,7 +208,7 @@ class Step:
             z_hat = o.latent_bridge.read(encoded, o.latent_process)
         else:
             z_hat = self._bridge(texts, noise, time, teaches=not apart)
-        self.metrics |= _moments(z_hat.detach())
+        self.metrics.update(_moments(z_hat.detach()))
         if self.rows.latents is not None:
             self.metrics["latent_norm"] = _mean_norm(self.rows.latents)
         if self._runs("cycle_text"):

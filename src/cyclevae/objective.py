@@ -182,7 +182,7 @@ class CycleObjective(Planned):
             )
         rows = arrange(batch, self.text_process, self.latent_process)
         counts = self._checked_counts(counts)
-        run = Step(self, denoiser, teacher, rows, weights, step, generator, counts)
+        run = Step(self, denoiser, teacher, rows, weights, step, generator, counts, {}, {})
         losses, metrics = run.terms()
         loss = torch.stack(
             [
