@@ -254,14 +254,17 @@ def test_nothing_is_read_back():
         ({"temperature": 0.0}, "`temperature` must be above 0, got 0"),
         ({"logits": torch.zeros(2, 6, 6)}, r"`logits` must be .* 7 ids, got \[2, 6, 6\]"),
         ({"logits": torch.zeros(2, 5, 7)}, r"`attention_mask` must have the shape .* \[2, 5\]"),
-        ({"mask": torch.ones(3, 6)}, "`attention_mask` and `latents` must have the same number"),
-        ({"mask": torch.ones(2)}, r"`attention_mask` must have shape \[b, s\]"),
-        ({"z": torch.full((2, 7), math.nan)}, "`latents` must be finite"),
+        (
+            {"attention_mask": torch.ones(3, 6)},
+            "`attention_mask` and `latents` must have the same number",
+        ),
+        ({"attention_mask": torch.ones(2)}, r"`attention_mask` must have shape \[b, s\]"),
+        ({"latents": torch.full((2, 7), math.nan)}, "`latents` must be finite"),
     ],
 )
 def test_bad_arguments(options, expected):
     spy = telling()
-    z, mask = options.pop("z", latents_of(2)), options.pop("mask", torch.ones(2, 6))
+    given = {"latents": latents_of(2), "attention_mask": torch.ones(2, 6), "steps": 2, **options}
     with pytest.raises(ValueError, match=expected):
-        unmask_text(spy, z, mask, **{"text_process": PLAIN, "steps": 2, **options})
+        unmask_text(spy, text_process=PLAIN, **given)
     assert spy.calls == []
