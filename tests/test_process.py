@@ -243,6 +243,20 @@ def test_v_at_full_noise_is_minus_the_latent():
     torch.testing.assert_close(process.to_x0(v, z_t, one), -v, rtol=0, atol=0)
 
 
+def test_a_ddim_step_cures_no_start_at_full_noise():
+    """From 1 to .98 it multiplies an error of epsilon by the 2000 by which alpha grows."""
+    process, (start, to) = cv.LatentProcess("cosine"), torch.tensor([[1.0], [0.98]]).double()
+    epsilon, error, z_t = randn(1, 8), randn(1, 8, seed=1), randn(1, 8, seed=2)
+    assert float(process.alpha_sigma(start)[0] ** 2) == pytest.approx(2.43e-10, rel=2e-3)
+
+    def arrives(epsilon):
+        clean = cv.convert(epsilon, z_t, *process.alpha_sigma(start), source="epsilon", target="x0")
+        return process.ddim(clean, z_t, start, to)
+
+    moved = arrives(epsilon + error) - arrives(epsilon)
+    torch.testing.assert_close(moved / error, torch.full_like(error, -2000.0), rtol=2e-3, atol=0)
+
+
 def test_the_copy_model_decodes_to_nothing():
     process = cv.LatentProcess("cosine", prediction="epsilon", max_gain=1e6)
     z_t = randn(3, 4)
