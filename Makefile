@@ -4,13 +4,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
 ARGS ?=
+JOBS ?= 2
 
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-slow lint docs mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
+	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
 
 demo: .venv/demo
 	@$(BIN)/python examples/sentences/demo.py $(ARGS)
@@ -30,8 +32,12 @@ lint: .venv/dev
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+mutate: .venv/mutate
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
+	$(BIN)/mutmut results
+
 clean:
-	rm -rf .venv build dist site
+	rm -rf .venv build dist site mutants
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyclevae needs Python 3.11 or newer, got %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
@@ -45,3 +51,4 @@ clean:
 EXTRAS_demo := demo
 EXTRAS_test := test,demo
 EXTRAS_dev := dev
+EXTRAS_mutate := test,demo,mutate
