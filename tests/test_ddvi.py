@@ -360,6 +360,8 @@ def test_the_text_is_sampled_from_the_decoder():
     logits[[0, 2]] = -math.inf  # padding and the mask are never dreamt
     share = torch.bincount(encode["tokens"].flatten(), minlength=7) / rows
     torch.testing.assert_close(share, logits.softmax(0), atol=0.03, rtol=0)
+    sleep(spy, latents, mask, generator=seeded())  # whatever the global random state
+    assert torch.equal(spy.calls[3]["tokens"], encode["tokens"])
 
 
 def test_who_learns_from_the_sleep_term():

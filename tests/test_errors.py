@@ -216,6 +216,36 @@ PASSES = cases(
         ValueError,
         "`latents` and `tokens` must have the same number of rows, got 3 and 2",
     ),
+    z_hat_with_nan=(
+        lambda spy, g: text_cycle(spy, z_hat=NAN),
+        ValueError,
+        ("`z_hat` must be finite", "in 1 of 2 rows (first: row 1); has training diverged?"),
+    ),
+    z_hat_of_another_width=(
+        lambda spy, g: text_cycle(spy, z_hat=torch.zeros(2, 5)),
+        ValueError,
+        "`z_hat` must be latents of shape [b, 4], got float32 [2, 5]",
+    ),
+    latent_cycle_noise_of_other_rows=(
+        lambda spy, g: latent_cycle(spy, noise=torch.zeros(3, 4)),
+        ValueError,
+        "`noise` and `latents` must have the same number of rows, got 3 and 2",
+    ),
+    mask_of_one_axis=(
+        lambda spy, g: latent_cycle(spy, attention_mask=MASK[:, 0]),
+        ValueError,
+        "`attention_mask` must have shape [b, s], got bool [2]",
+    ),
+    id_in_the_base_losses=(
+        lambda spy, g: cv.l2t_loss(spy, TOKENS + 3, Z, MASK, text_process=TEXT),
+        ValueError,
+        "`tokens` must hold ids in [0, 7)",
+    ),
+    id_in_t2l=(
+        lambda spy, g: cv.t2l_loss(spy, TOKENS + 3, Z, MASK, **PROCESSES),
+        ValueError,
+        "`tokens` must hold ids in [0, 7)",
+    ),
     z_hat_middle_axis=(
         lambda spy, g: text_cycle(spy, z_hat=torch.zeros(3, 4)),
         ValueError,

@@ -546,6 +546,9 @@ def test_half_precision(form, dtype):
         Affine(), z, generator=torch.Generator().manual_seed(0), form=form, posterior_std=1
     )
     assert drawn.isfinite() and drawn.dtype == torch.float32
+    spy = Spy(Affine())
+    prior(spy, z, **options)
+    assert spy.calls[0]["latents"].dtype == dtype
 
 
 @every_form
