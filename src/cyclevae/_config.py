@@ -1,6 +1,6 @@
 """Frozen dataclasses as plain dicts and back: what a YAML or JSON file can hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -20,13 +20,17 @@ def dump(instance: Any) -> dict[str, Any]:
     return {f.name: _plain(f.name, getattr(instance, f.name)) for f in fields(instance) if f.init}
 
 
-def load(cls: type[T], config: Mapping[str, Any], parts: Mapping[str, type] | None = None) -> T:
+Part = type | Callable[[Mapping[str, Any]], type]
+
+
+def load(cls: type[T], config: Mapping[str, Any], parts: Mapping[str, Part] | None = None) -> T:
     """A dataclass from its options.
 
     Args:
         cls: the dataclass.
         config: its options.
-        parts: the dataclasses that a dict stands for, by the name of the option, at any depth.
+        parts: the dataclasses that a dict, or each dict of a list, stands for, by the name of the
+            option, at any depth; or how to tell which.
 
     Raises:
         ValueError: a key that is no option, with the nearest name; or a missing one.
@@ -36,17 +40,19 @@ def load(cls: type[T], config: Mapping[str, Any], parts: Mapping[str, type] | No
     for key in config:
         if key not in options:
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; {nearest(key, options)}")
-    values = {}
-    for key, value in config.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, Mapping) and key in parts:
-            value = load(parts[key], value, parts)
-        values[key] = value
     try:
-        return cls(**values)
+        return cls(**{key: _loaded(key, value, parts) for key, value in config.items()})
     except TypeError as error:
         raise ValueError(f"incomplete configuration: {error}") from error
+
+
+def _loaded(key: str, value: Any, parts: Mapping[str, Part]) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_loaded(key, item, parts) for item in value)
+    if not isinstance(value, Mapping) or key not in parts:
+        return value
+    part = parts[key]
+    return load(part if isinstance(part, type) else part(value), value, parts)
 
 
 def _plain(name: str, value: Any) -> Any:

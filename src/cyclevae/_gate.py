@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cyclevae.roles import ROLES, Roles
+
 # Attributes of wrappers that never appear in the names users write.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 # One autograd node for several parameters costs less Python than one node each, but it holds the
@@ -71,7 +73,7 @@ class _Swap:
         homes = [(slot.owner._parameters, slot.key) for slot in self.slots]
         held = [(home, key, home[key]) for home, key in homes]
         learning = {id(p): p for _, _, p in held if p is not None and p.requires_grad}
-        parameters, gated = list(learning.values()), []
+        parameters, gated = list(learning.values()), list[Tensor]()
         for start in range(0, len(parameters), _PARAMETERS_PER_GATE):
             gated += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
         gates = dict(zip(learning, gated, strict=True))
@@ -107,7 +109,7 @@ class Frozen(AbstractContextManager[None]):
         self.entered: list[tuple[list[_Swap], list[RemovableHandle]]] = []
 
     def __enter__(self) -> None:
-        slots = _select(_slots(_module_of(self.target)), self.patterns)
+        slots = _selected(self.target, self.patterns)
         swaps, hooks = [], []
         for unit in dict.fromkeys(slot.unit for slot in slots):
             swap = _Swap([slot for slot in slots if slot.unit is unit], self.gate)
@@ -133,7 +135,14 @@ class Frozen(AbstractContextManager[None]):
 def check_patterns(target: object, patterns: Sequence[str]) -> None:
     """Refuse patterns that match no parameter, before anything runs."""
     if patterns:
-        _select(_slots(_module_of(target)), tuple(patterns))
+        _selected(target, tuple(patterns))
+
+
+def _selected(target: object, patterns: tuple[str | nn.Module, ...]) -> list[_Slot]:
+    """The slots of a target that are chosen by name, by submodule or by role."""
+    module = _module_of(target)
+    roles = getattr(target, "roles", None)
+    return _select(_slots(module), patterns, roles)
 
 
 def _module_of(target: object) -> nn.Module:
@@ -185,10 +194,16 @@ def _collect(
             _collect(child, path, unit, sharded, slots)
 
 
-def _select(slots: list[_Slot], patterns: tuple[str | nn.Module, ...]) -> list[_Slot]:
+def _select(
+    slots: list[_Slot], patterns: tuple[str | nn.Module, ...], roles: Roles | None
+) -> list[_Slot]:
     """The slots of every parameter that a pattern matches, under whatever name it matches."""
     chosen = [] if patterns else slots
     for pattern in patterns:
+        if roles is not None and pattern in ROLES:
+            members = roles.members([(slot.name, slot.parameter) for slot in slots])[str(pattern)]
+            chosen = chosen + [slot for slot in slots if id(slot.parameter) in members]
+            continue  # a role may be empty, as the shared one of two networks is
         if isinstance(pattern, str):
             hits = _matches(tuple([slot.name for slot in slots]), pattern)
             found = [slots[hit] for hit in hits]
@@ -203,6 +218,11 @@ def _select(slots: list[_Slot], patterns: tuple[str | nn.Module, ...]) -> list[_
         if not found:
             raise ValueError(_not_found(pattern, slots))
         chosen = chosen + found
+    if not chosen:
+        raise ValueError(
+            f"freeze() was given the roles {', '.join(map(repr, patterns))}, which hold no "
+            "parameters: name others, or leave the context out"
+        )
     parameters = {id(slot.parameter) for slot in chosen}
     selected = [slot for slot in slots if id(slot.parameter) in parameters]
     for slot in selected:
@@ -236,6 +256,11 @@ def _not_found(pattern: str | nn.Module, slots: list[_Slot]) -> str:
             f"freeze() got the submodule {type(pattern).__name__}, which holds no parameter of the "
             f"target: pass a submodule of the target itself, not of a copy of it. Its parameters "
             f"are {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else '.'}"
+        )
+    if pattern in ROLES:
+        return (
+            f"{pattern!r} is a role, and the target of freeze() has none: give "
+            "as_denoiser(network, roles=Roles(encoder_only=(...), decoder_only=(...)))"
         )
     parts = [name.split(".") for name in names]
     groups = dict.fromkeys(".".join(p[:i]) + ".*" for p in parts for i in range(1, len(p)))

@@ -2,23 +2,62 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
 from cyclevae import _checks
 from cyclevae._prior import prior_passes, teaches_z_hat
 from cyclevae._types import Number
+from cyclevae.gradient_policy import GradientPolicy
 from cyclevae.options import TERMS, Options
+from cyclevae.policies import AnyPolicy, PolicySchedule, all_policies, constant
 
 TEXT_HALF = ("cycle_text",)
 LATENT_HALF = ("cycle_latent", "text_marginal", "sleep")
 _WHOLE = 1 << 16
+Self_ = TypeVar("Self_", bound="Planned")
 
 
 @dataclass(frozen=True)
 class Planned(Options):
     """The options of a `CycleObjective`, and which passes they need."""
+
+    _stages: tuple[tuple["Planned", ...], ...] = field(
+        default=(), init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        policies = self.text_policy, self.latent_policy
+        if any(isinstance(policy, PolicySchedule) for policy in policies):
+            # made once: making an objective checks it
+            stages = tuple(
+                tuple(self._stage(text, latent) for latent in all_policies(self.latent_policy))
+                for text in all_policies(self.text_policy)
+            )
+            object.__setattr__(self, "_stages", stages)
+
+    def at(self: Self_, step: int) -> Self_:
+        """The objective of a step, whose policies are those that hold there.
+
+        Examples:
+            >>> from cyclevae import CycleObjective
+            >>> from cyclevae.testing import toy_denoiser
+            >>> objective = CycleObjective(*toy_denoiser(seed=0)[1:], text_policy="alternating")
+            >>> [objective.at(step).text_policy.bridge for step in (0, 1, 2)]
+            ['detach', 'full', 'detach']
+        """
+        if not self._stages:
+            return self
+        text, latent = (_index(policy, step) for policy in (self.text_policy, self.latent_policy))
+        return self._stages[text][latent]  # type: ignore[return-value]
+
+    def _stage(self: Self_, text: GradientPolicy, latent: GradientPolicy) -> Self_:
+        closed = isinstance(self.latent_policy, PolicySchedule) and latent.bridge == "detach"
+        bridge = self.bridge.detached if closed else self.text_bridge
+        return replace(self, text_policy=text, latent_policy=latent, text_bridge=bridge)
 
     def weights(self, step: int) -> dict[str, Number]:
         """The terms that run at a step and what they weigh; the same on every rank.
@@ -56,6 +95,8 @@ class Planned(Options):
             >>> objective.passes(step=0)  # base and cycles share four, the unconditional has one
             5
         """
+        if self._stages:
+            return self.at(step).passes(step)
         terms = self.weights(step).keys()
         encodes = bool(terms & {"cycle_text", "prior", "contrastive"})
         own_base = "latent" in terms and not (encodes and self.shares_encoder_pass(terms))
@@ -79,7 +120,7 @@ class Planned(Options):
         return (
             full_noise
             and one_shot
-            and not ("cycle_text" in terms and bool(self.text_policy.freeze_bridge))
+            and not ("cycle_text" in terms and bool(constant(self.text_policy).freeze_bridge))
         )
 
     def teaches_encoder(self, terms: Collection[str]) -> bool:
@@ -88,13 +129,13 @@ class Planned(Options):
 
     def bridges_apart(self, terms: Collection[str]) -> bool:
         """Whether the text cycle freezes what other readers of the same latents must train."""
-        frozen = "cycle_text" in terms and bool(self.text_policy.freeze_bridge)
+        frozen = "cycle_text" in terms and bool(constant(self.text_policy).freeze_bridge)
         return frozen and self.teaches_encoder(terms)
 
     def decodes_apart(self, terms: Collection[str]) -> bool:
         """Whether the latent cycle freezes what the base decoder loss must train."""
         cycles = "cycle_latent" in terms or "text_marginal" in terms
-        return "text" in terms and cycles and bool(self.latent_policy.freeze_bridge)
+        return "text" in terms and cycles and bool(constant(self.latent_policy).freeze_bridge)
 
     def cycled(self, paired: int, rows: int) -> tuple[int, int]:
         """How many of the pairs and of the other rows the cycles run on."""
@@ -120,3 +161,7 @@ class Planned(Options):
             return ()
         single = step - dual_before + self.seed
         return TEXT_HALF if single % 2 else LATENT_HALF
+
+
+def _index(policy: AnyPolicy, step: int) -> int:
+    return policy.index(step) if isinstance(policy, PolicySchedule) else 0

@@ -129,6 +129,24 @@ class TextBridge:
         return None if callable(self.name) else self.name in (*_RELAXED, "rloo")
 
     @property
+    def detached(self) -> "TextBridge":
+        """The bridge whose ids have the same law, for steps in which nobody learns through it.
+
+        Examples:
+            >>> TextBridge("sampled_straight_through", temperature=0.5).detached.name
+            'categorical'
+        """
+        match self.name:
+            case "straight_through" | "soft":
+                return TextBridge("argmax")
+            case "sampled_straight_through" | "rloo":
+                return TextBridge("categorical", temperature=self.temperature)
+            case "gumbel":  # its temperature is of the gradient alone
+                return TextBridge("categorical")
+            case _:
+                return self
+
+    @property
     def passes(self) -> int:
         """The passes of the denoiser in a latent cycle; the first may be shared with other terms.
 

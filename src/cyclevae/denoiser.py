@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cyclevae import _checks
 from cyclevae._precision import no_autocast
 from cyclevae._types import AnyTokens, Latents, Logits, MaskLike, Need, Time
+from cyclevae.roles import Roles
 
 
 class Denoised(NamedTuple):
@@ -75,10 +76,14 @@ class ModuleDenoiser:
     Attributes:
         network: the module as given (plain, DDP, FSDP2 or compiled); it is what gets called.
         module: the plain module inside, against which parameter patterns resolve.
+        roles: which of its parameters serve one direction alone, if that was said.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
         self.network = network
+        self.roles = getattr(self.module, "roles", None) if roles is None else roles
+        if self.roles is not None:
+            self.roles.groups(self.module)
         # Decided once: a wrapper's own forward takes anything, so ask the plain module.
         parameters = inspect.signature(self.module.forward).parameters.values()
         self._takes_need = any(p.name == "need" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -118,15 +123,21 @@ class ModuleDenoiser:
         return Denoised(*output)
 
 
-def as_denoiser(network: nn.Module) -> ModuleDenoiser:
+def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDenoiser:
     """Make a `Denoiser` of a module, plain or wrapped in DDP, FSDP2 or `torch.compile`.
 
     The module is called as `network(tokens, latents, text_time=, latent_time=, attention_mask=)`,
     with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. A network
     with another signature gets a small module of one's own around it.
 
+    Args:
+        network: the module.
+        roles: which parameters serve one direction alone, for policies that name them; those of an
+            attribute `roles` of the plain module if not given.
+
     Raises:
         TypeError: not a module.
+        ValueError: roles that do not fit the parameters.
 
     Examples:
         >>> import torch
@@ -153,7 +164,7 @@ def as_denoiser(network: nn.Module) -> ModuleDenoiser:
             f"`network` must be a torch.nn.Module, got {type(network).__name__}; "
             "an object with a `denoise` method is a Denoiser already"
         )
-    return ModuleDenoiser(network)
+    return ModuleDenoiser(network, roles)
 
 
 class EncoderDecoder(nn.Module):
@@ -161,7 +172,7 @@ class EncoderDecoder(nn.Module):
 
     Each is called as `as_denoiser` says, without `need`; the encoder returns the latent prediction
     and the decoder the logits. Only what is needed runs. Parameter patterns start with `encoder.`
-    and `decoder.`.
+    and `decoder.`, and so do its roles.
 
     Examples:
         >>> import torch
@@ -179,6 +190,9 @@ class EncoderDecoder(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        sides = [{id(p) for p in part.parameters()} for part in (encoder, decoder)]
+        if all(sides) and sides[0].isdisjoint(sides[1]):
+            self.roles = Roles(encoder_only=("encoder.*",), decoder_only=("decoder.*",))
 
     def forward(
         self, tokens: AnyTokens, latents: Latents, *, need: Need = "both", **state: Any

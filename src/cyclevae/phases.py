@@ -13,6 +13,7 @@ from cyclevae.batch import Batch
 from cyclevae.bridges import AnyTextBridge, TextBridge
 from cyclevae.denoiser import Denoiser
 from cyclevae.objective import CycleObjective, StepOutput
+from cyclevae.policies import all_policies, constant
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Phases:
                 f"{self.latent_cycle_from!r} and {self.full_gradient_from!r}"
             )
         for name in ("text_policy", "latent_policy"):
-            policy = getattr(o, name)
-            if policy.bridge != "detach":
+            bridge_rules = [policy.bridge for policy in all_policies(getattr(o, name))]
+            if bridge_rules != ["detach"]:
                 raise ValueError(
-                    f"`objective.{name}.bridge` must be 'detach', got {policy.bridge!r}: the "
-                    "phases begin with stopped gradients and open the bridges themselves"
+                    f"`objective.{name}.bridge` must be 'detach', got "
+                    f"{', '.join(map(repr, bridge_rules))}: the phases begin with stopped "
+                    "gradients and open the bridges themselves"
                 )
         if bridge.has_gradient is False:
             raise ValueError(
@@ -57,8 +59,8 @@ class Phases:
         last = replace(
             o,
             text_bridge=self.text_bridge,
-            text_policy=replace(o.text_policy, bridge="full"),
-            latent_policy=replace(o.latent_policy, bridge="full"),
+            text_policy=replace(constant(o.text_policy), bridge="full"),
+            latent_policy=replace(constant(o.latent_policy), bridge="full"),
         )
         # made once: making an objective checks it
         object.__setattr__(self, "_stages", (replace(o, cycle_latent_weight=0.0), o, last))

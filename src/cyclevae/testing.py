@@ -22,6 +22,7 @@ from cyclevae.denoiser import (
 )
 from cyclevae.gradient_policy import refuse_reentrant
 from cyclevae.latent_process import LatentProcess
+from cyclevae.roles import Roles
 from cyclevae.text_process import TextProcess
 
 
@@ -353,6 +354,7 @@ class ToyNetwork(nn.Module):
         self.shared = nn.Linear(latent_dim, latent_dim)
         self.text_head = nn.Linear(latent_dim, vocab_size)
         self.latent_head = nn.Linear(latent_dim, latent_dim)
+        self.roles = Roles(encoder_only=("latent_head.*",), decoder_only=("text_head.*",))
 
     def forward(
         self,

@@ -1,0 +1,302 @@
+"""Roles, the policies by name, policies that change with the step, and the table of who learns."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import cyclevae as cv
+from cyclevae.bridges import TextBridge
+from cyclevae.testing import ToyNetwork, toy_batch, toy_denoiser
+
+DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
+FULL = cv.GradientPolicy("full")
+OFF = {f"{term}_weight": 0.0 for term in ("text", "latent", "unconditional")}
+TEXT_CYCLE = {**OFF, "cycle_latent_weight": 0.0}
+LATENT_CYCLE = {**OFF, "cycle_text_weight": 0.0}
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = ToyNetwork(7, 4), ToyNetwork(7, 4)
+        self.roles = cv.Roles(("encoder.*",), ("decoder.*",))
+
+    def forward(self, tokens, latents, *, need="both", **state):
+        return cv.Denoised(
+            self.decoder(tokens, latents, need="logits", **state).logits,
+            self.encoder(tokens, latents, need="latents", **state).latent_prediction,
+        )
+
+
+def learners(denoiser, objective, step=0):
+    """The roles that a loss reaches, by autograd."""
+    loss = objective(denoiser, toy_batch(seed=0), step=step).loss
+    reached = set()
+    for role, named in denoiser.roles.groups(denoiser.module).items():
+        parameters = [parameter for _, parameter in named]
+        if not parameters:
+            continue
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        if any(g is not None and bool(g.any()) for g in gradients):
+            reached.add(role)
+    return reached
+
+
+# --- roles ------------------------------------------------------------------------------------
+
+
+def test_groups_by_role():
+    groups = DENOISER.roles.groups(DENOISER.module)
+    assert {role: {name.split(".")[0] for name, _ in named} for role, named in groups.items()} == {
+        "encoder_only": {"latent_head"},
+        "decoder_only": {"text_head"},
+        "shared": {"word", "times", "shared"},
+    }
+    assert sum(map(len, groups.values())) == len(list(DENOISER.module.parameters()))
+
+
+def test_a_tied_parameter_is_where_any_of_its_names_is():
+    network = ToyNetwork(7, 4)
+    network.word.weight = network.text_head.weight
+    groups = network.roles.groups(network)
+    assert "word.weight" in [name for name, _ in groups["decoder_only"]]
+    denoiser = cv.as_denoiser(network)
+    with cv.freeze(denoiser, "shared"):
+        assert network.word.weight is network.text_head.weight
+        assert isinstance(network.word.weight, nn.Parameter)
+        assert not isinstance(network.shared.weight, nn.Parameter)
+
+
+def test_two_networks_have_the_roles_of_their_names():
+    pair = cv.EncoderDecoder(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = cv.as_denoiser(pair).roles.groups(pair)
+    assert not groups["shared"] and len(groups["encoder_only"]) == 2
+    both = nn.Linear(2, 2)
+    assert cv.as_denoiser(cv.EncoderDecoder(both, both)).roles is None
+
+
+def test_roles_may_be_given_or_belong_to_the_network():
+    roles = cv.Roles(("latent_head.*",), ("text_head.*", "word.*"))
+    assert cv.as_denoiser(DENOISER.module, roles=roles).roles is roles
+    assert DENOISER.roles is DENOISER.module.roles
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "message"),
+    [
+        (("latnt_head.*",), (), "'latnt_head.*' of the role 'encoder_only' matches no parameter; "),
+        ((), ("*.nothing",), "nearest: '"),
+        (("*head*",), ("text_head.*",), "'text_head.weight' is both encoder_only and decoder_only"),
+        ("latent_head.*", (), r"`encoder_only` must be a tuple of shell patterns .* got 'latent"),
+        ((), (1,), r"`decoder_only` must be a tuple of shell patterns .* got \(1,\)"),
+    ],
+)
+def test_bad_roles(encoder, decoder, message):
+    with pytest.raises(ValueError, match=message):
+        cv.as_denoiser(DENOISER.module, roles=cv.Roles(encoder, decoder))
+
+
+def test_a_role_that_nobody_named():
+    class Bare:
+        module = DENOISER.module
+
+    with pytest.raises(ValueError, match=r"'shared' is a role, .* as_denoiser\(network, roles="):
+        cv.freeze(Bare(), "shared").__enter__()
+    pair = cv.as_denoiser(cv.EncoderDecoder(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="the roles 'shared', which hold no parameters"):
+        cv.freeze(pair, "shared").__enter__()
+
+
+# --- policies by name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: DENOISER, lambda: cv.as_denoiser(Towers())])
+def test_isolated_teaches_nothing_but_the_named_side(make):
+    denoiser = make()
+    text = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy="decoder_isolated")
+    latent = cv.CycleObjective(TEXT, LATENT, **LATENT_CYCLE, latent_policy="encoder_isolated")
+    assert learners(denoiser, text) == {"decoder_only"}
+    assert learners(denoiser, latent) == {"encoder_only"}
+
+
+def test_stop_gradient_is_the_default_and_shared_weights_learn():
+    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE)
+    assert objective == replace(
+        objective, text_policy="stop_gradient", latent_policy=FULL.__class__()
+    )
+    assert learners(DENOISER, objective) == {"decoder_only", "shared"}
+
+
+def test_full_teaches_all():
+    for cycle, bridge in ((TEXT_CYCLE, {}), (LATENT_CYCLE, {"text_bridge": "soft"})):
+        options = {**cycle, **bridge, "text_policy": "full"}
+        if bridge:
+            options["latent_policy"] = "full"
+        assert learners(DENOISER, cv.CycleObjective(TEXT, LATENT, **options)) == {
+            "encoder_only",
+            "decoder_only",
+            "shared",
+        }
+
+
+def test_alternating_teaches_one_side_and_then_the_other():
+    text = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy="alternating")
+    latent = cv.CycleObjective(
+        TEXT, LATENT, **LATENT_CYCLE, latent_policy="alternating", text_bridge="gumbel"
+    )
+    assert [learners(DENOISER, text, step) for step in range(3)] == [
+        {"decoder_only", "shared"},
+        {"encoder_only", "shared"},
+        {"decoder_only", "shared"},
+    ]
+    assert [learners(DENOISER, latent, step) for step in range(2)] == [
+        {"encoder_only", "shared"},
+        {"decoder_only", "shared"},
+    ]
+    assert latent.at(0).bridge == TextBridge("categorical")  # nobody learns through it
+    assert latent.at(1).bridge == TextBridge("gumbel")
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"text_policy": "decoder_isolate"},
+            "`text_policy` is .*; did you mean 'decoder_isolated'",
+        ),
+        ({"text_policy": "encoder_isolated"}, "did you mean 'decoder_isolated'"),
+        ({"latent_policy": 3}, "`latent_policy` must be a GradientPolicy, a PolicySchedule or one"),
+        ({"latent_policy": "full"}, "the 'argmax' bridge is a choice of ids"),
+        ({"latent_policy": "alternating"}, "the 'argmax' bridge is a choice of ids"),
+    ],
+)
+def test_policies_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cv.CycleObjective(TEXT, LATENT, **options)
+
+
+def test_the_detached_twin_has_the_same_law():
+    twins = {
+        "straight_through": "argmax",
+        "soft": "argmax",
+        "sampled_straight_through": "categorical",
+        "gumbel": "categorical",
+        "rloo": "categorical",
+        "unmask": "unmask",
+        "argmax": "argmax",
+    }
+    for name, twin in twins.items():
+        assert TextBridge(name).detached.name == twin
+    assert TextBridge("rloo", temperature=0.5).detached.temperature == 0.5
+    assert TextBridge("gumbel", temperature=0.5).detached.temperature == 1.0
+
+
+# --- policies that change with the step -------------------------------------------------------
+
+
+def test_a_schedule_of_the_bridge():
+    opening = cv.PolicySchedule(
+        (cv.GradientPolicy(), cv.GradientPolicy("last"), FULL), starts=(0, 2, 4)
+    )
+    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=opening)
+    assert [objective.at(step).text_policy.bridge for step in (0, 1, 2, 3, 4, 99)] == [
+        *["detach"] * 2,
+        *["last"] * 2,
+        *["full"] * 2,
+    ]
+    assert learners(DENOISER, objective, 1) == {"decoder_only", "shared"}
+    assert learners(DENOISER, objective, 2) == {"encoder_only", "decoder_only", "shared"}
+    again = cv.CycleObjective.from_config(json.loads(json.dumps(objective.to_config())))
+    assert again == objective and again.at(3).text_policy.bridge == "last"
+
+
+def test_the_plan_follows_the_schedule():
+    """A frozen bridge needs a pass of its own, at the steps that freeze it."""
+    frozen = cv.GradientPolicy("full", freeze_bridge=("shared",))
+    turns = cv.PolicySchedule((cv.GradientPolicy(), frozen), (0, 1), period=2)
+    objective = cv.CycleObjective(TEXT, LATENT, text_policy=turns)
+    assert [objective.passes(step) for step in range(3)] == [5, 6, 5]
+
+
+def test_a_schedule_is_no_policy_of_a_step():
+    objective = cv.CycleObjective(TEXT, LATENT, text_policy="alternating")
+    with pytest.raises(TypeError, match=r"depends on the step; take it from objective.at\(step\)"):
+        objective.shares_encoder_pass(("cycle_text",))
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((), ()), "`starts` must be one step for each of the 0 policies, ascending from 0"),
+        (((FULL,), (1,)), r"ascending from 0, got \(1,\)"),
+        (((FULL, FULL), (0, 0)), r"ascending from 0, got \(0, 0\)"),
+        (((FULL,), (0, 1)), "for each of the 1 policies"),
+        ((("full",), (0,)), "`policies` must hold GradientPolicy, got 'full'"),
+        (((FULL, FULL), (0, 5), 5), "`period` must be above the last start"),
+    ],
+)
+def test_bad_schedules(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cv.PolicySchedule(*arguments)
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+def parsed(table):
+    """The roles that learn, by term, of the last column but one."""
+    lines = table.splitlines()
+    start, end = lines[0].index("learns"), lines[0].index("frozen")
+    found, term = {}, None
+    for line in lines[1:]:
+        term = line.split()[0] if not line.startswith(" ") else term
+        cell = line[start:end].strip()
+        roles = set() if cell == "nobody" else set(cell.split(", "))
+        found[term] = found.get(term, set()) | roles
+    return found
+
+
+TABLES = {
+    "recommended": {},
+    "isolated": {"text_policy": "decoder_isolated", "latent_policy": "encoder_isolated"},
+    "full": {"text_policy": "full", "latent_policy": "full", "text_bridge": "straight_through"},
+    "one pass of the text cycle": {
+        "text_policy": cv.GradientPolicy("full", ("decoder_only", "shared"), ("shared",))
+    },
+    "everything": {
+        "prior_weight": 0.1,
+        "contrastive_weight": 0.1,
+        "sleep_weight": 1.0,
+        "text_marginal_weight": 0.1,
+        "text_bridge": "soft",
+        "latent_policy": "full",
+    },
+}
+
+
+@pytest.mark.parametrize("options", TABLES.values(), ids=TABLES)
+def test_the_table_is_what_autograd_says(options):
+    objective = cv.CycleObjective(TEXT, LATENT, **options)
+    told = parsed(objective.describe())
+    assert told.keys() == objective.weights(0).keys()
+    for term, roles in told.items():
+        zero = {f"{other}_weight": 0.0 for other in told if other != term}
+        alone = replace(objective, **zero)
+        assert learners(DENOISER, alone) == roles, term
+
+
+def test_the_table_names_patterns_and_turns():
+    policy = cv.GradientPolicy("full", freeze=("text_head.*",), freeze_bridge=("*",))
+    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=policy)
+    _, makes, reads = objective.describe().splitlines()
+    assert "nobody" in makes and makes.endswith("*")
+    assert "decoder_only, shared except text_head.*" in reads and reads.endswith("text_head.*")
+    turns = replace(objective, text_policy="alternating")
+    assert "nobody" in turns.describe(0).splitlines()[1]
+    assert "nobody" in turns.describe(1).splitlines()[2]
