@@ -26,6 +26,7 @@ from cyclevae.latent_bridges import LatentBridge as LatentBridge
 from cyclevae.latent_bridges import encode_text as encode_text
 from cyclevae.latent_process import LatentProcess as LatentProcess
 from cyclevae.latent_process import convert as convert
+from cyclevae.non_finite import skip_update as skip_update
 from cyclevae.objective import CycleObjective as CycleObjective
 from cyclevae.objective import StepModule as StepModule
 from cyclevae.objective import StepOutput as StepOutput
@@ -34,6 +35,7 @@ from cyclevae.passes import l2t as l2t
 from cyclevae.passes import t2l as t2l
 from cyclevae.phases import Phases as Phases
 from cyclevae.phases import phases as phases
+from cyclevae.policies import PolicySchedule as PolicySchedule
 from cyclevae.pool import pool_rows as pool_rows
 from cyclevae.priors import ddvi_sleep_loss as ddvi_sleep_loss
 from cyclevae.priors import ddvi_wake_kl as ddvi_wake_kl
@@ -43,6 +45,7 @@ from cyclevae.priors import moment_prior as moment_prior
 from cyclevae.priors import sigreg_prior as sigreg_prior
 from cyclevae.rloo import rloo_surrogate as rloo_surrogate
 from cyclevae.rloo import text_log_prob as text_log_prob
+from cyclevae.roles import Roles as Roles
 from cyclevae.schedules import anneal as anneal
 from cyclevae.schedules import ramp as ramp
 from cyclevae.teacher import Teacher as Teacher

@@ -73,7 +73,8 @@ class _Swap:
         homes = [(slot.owner._parameters, slot.key) for slot in self.slots]
         held = [(home, key, home[key]) for home, key in homes]
         learning = {id(p): p for _, _, p in held if p is not None and p.requires_grad}
-        parameters, gated = list(learning.values()), list[Tensor]()
+        parameters: list[Tensor] = list(learning.values())
+        gated: list[Tensor] = []
         for start in range(0, len(parameters), _PARAMETERS_PER_GATE):
             gated += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
         gates = dict(zip(learning, gated, strict=True))

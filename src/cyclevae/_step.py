@@ -20,8 +20,10 @@ from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
 from cyclevae.denoiser import Denoiser
 from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach
 from cyclevae.latent_bridges import encode_text
+from cyclevae.non_finite import Verdict
 from cyclevae.options import READ_A_BRIDGE, highest
 from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.policies import constant
 from cyclevae.priors import ddvi_sleep_loss
 from cyclevae.text_marginal import text_marginal_loss
 from cyclevae.times import TimePolicy, stratified_times
@@ -29,13 +31,14 @@ from cyclevae.unconditional import unconditional_loss
 
 
 class Step(NamedTuple):
-    """One step of an objective; `terms` runs it.
+    """One step of an objective; `all` runs it.
 
     A named tuple: dynamo compiles anew for a number that a plain object is given as attribute.
 
     Attributes:
         losses: the terms that have run, by metric name.
         metrics: statistics beside them.
+        verdicts: by term; empty where a term that is not finite keeps its gradient.
     """
 
     objective: Planned
@@ -48,9 +51,10 @@ class Step(NamedTuple):
     counts: Mapping[str, Count]
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    verdicts: Mapping[str, Verdict]
 
-    def terms(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run the passes: the terms, and the statistics beside them."""
+    def all(self) -> None:
+        """Run the passes, and with them the terms and the statistics."""
         self._check()
         if self._runs("text", *LATENT_HALF):
             self._decode()
@@ -58,7 +62,10 @@ class Step(NamedTuple):
             self._encode()
         if self._runs("unconditional"):
             self._denoise_both()
-        return self.losses, self.metrics
+
+    def _read(self, term: str, output: Tensor) -> Tensor:
+        """What a term reads of a pass that others read too, who must not suffer from it."""
+        return self.verdicts[term].gate(output) if self.verdicts else output
 
     def _runs(self, *terms: str) -> bool:
         return any(term in self.weights for term in terms)
@@ -77,7 +84,7 @@ class Step(NamedTuple):
             raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
         if self._runs("contrastive") and rows.paired < 2:
             raise ValueError("InfoNCE compares pairs: give at least 2, or set its weight to 0")
-        for policy in (o.text_policy, o.latent_policy):
+        for policy in (constant(o.text_policy), constant(o.latent_policy)):
             check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
         if self._runs(*READ_A_BRIDGE):
             o.latent_process.refuse_ill_conditioned(highest(o.bridge_time, self.step))
@@ -111,10 +118,11 @@ class Step(NamedTuple):
         """Who learns from the pass that writes the pseudo-texts."""
         if not self._runs("cycle_latent", "text_marginal"):
             return detach()
-        return self.objective.latent_policy.bridge_pass(self.denoiser)
+        return constant(self.objective.latent_policy).bridge_pass(self.denoiser)
 
     def _base_text(self, logits: Logits) -> None:
         tokens, mask = self.rows.need_texts().first(self.rows.paired)
+        logits = self._read("text", logits)
         logits = logits[:, : tokens.shape[1]]  # pseudo-texts may be longer than any text
         count = self.counts.get("text_loss")
         self.losses["text_loss"] = text_loss(logits, tokens, mask, count=count)
@@ -145,19 +153,19 @@ class Step(NamedTuple):
                 latents,
                 mask,
                 **given,
-                y_hat=y_hat,
-                logits=logits if y_hat is None else None,
+                y_hat=None if y_hat is None else self._read("cycle_latent", y_hat),
+                logits=self._read("cycle_latent", logits) if y_hat is None else None,
                 bridge=o.bridge,
                 show_latent=o.show_latent,
                 time=self._time(o.bridge_time, latents),
-                policy=o.latent_policy,
+                policy=constant(o.latent_policy),
                 distance=o.cycle_latent_distance,
                 count=self.counts.get("cycle_latent_loss"),
             )
         if y_hat is not None:
             self.losses["text_marginal_loss"] = text_marginal_loss(
                 self.denoiser,
-                *o.text_process.cut(y_hat, mask),
+                *o.text_process.cut(self._read("text_marginal", y_hat), mask),
                 **given,
                 noise=self._noise(latents),
                 reduction="nats",
@@ -200,8 +208,9 @@ class Step(NamedTuple):
             encoded = t2l(
                 self.denoiser, *texts, **self._processes(), start="noise", time=time, noise=noise
             )
+            base = encoded._replace(prediction=self._read("latent", encoded.prediction)).first(p)
             self.losses["latent_loss"] = encoded_loss(
-                encoded.first(p), self.rows.need_latents()[:p], **self._latent_options()
+                base, self.rows.need_latents()[:p], **self._latent_options()
             )
             if not reads:
                 return
@@ -217,10 +226,10 @@ class Step(NamedTuple):
                 self.denoiser,
                 *texts.pick(paired, pairs, others),
                 **self._processes(),
-                z_hat=pick_rows(z_hat, paired, pairs, others),
+                z_hat=pick_rows(self._read("cycle_text", z_hat), paired, pairs, others),
                 bridge=o.latent_bridge,
                 generator=self.generator,
-                policy=o.text_policy,
+                policy=constant(o.text_policy),
                 count=self.counts.get("cycle_text_loss"),
             )
         if apart:
@@ -231,7 +240,7 @@ class Step(NamedTuple):
         self, texts: Texts, noise: Latents, time: Number | Time, *, teaches: bool
     ) -> Latents:
         """The latents of some texts, with a graph where what reads them trains the encoder."""
-        o, policy = self.objective, self.objective.text_policy
+        o, policy = self.objective, constant(self.objective.text_policy)
         if teaches and o.teaches_encoder(self.weights):
             # whatever the cycle detaches; through all passes only where it pays for that anyway
             policy = GradientPolicy("full" if policy.bridge == "full" else "last")
@@ -254,7 +263,7 @@ class Step(NamedTuple):
             self.losses["prior_loss"] = prior_loss(
                 o.prior,
                 o.prior_options,
-                z_hat,
+                self._read("prior", z_hat),
                 denoiser=self.denoiser,
                 teacher=self.teacher,
                 tokens=texts.tokens,
@@ -266,7 +275,7 @@ class Step(NamedTuple):
             )
         if self._runs("contrastive"):
             self.losses["contrastive_loss"] = infonce_loss(
-                z_hat[:p],
+                self._read("contrastive", z_hat[:p]),
                 self.rows.need_latents()[:p],
                 duplicates=same_text(*texts.first(p)),
                 **o.contrastive_options,

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from cyclevae import _checks
+from cyclevae._describe import describe
 from cyclevae._plan import Planned
 from cyclevae._prior import reads_teacher
 from cyclevae._step import Step
-from cyclevae._types import Count, Scalar
+from cyclevae._types import Count, Number, Scalar
 from cyclevae.batch import Batch, arrange
 from cyclevae.denoiser import Denoiser
+from cyclevae.non_finite import (
+    Guarded,
+    Verdict,
+    finite_terms,
+    refuse_compiling,
+    refuse_non_finite,
+    zero_terms,
+)
 from cyclevae.options import TERMS
 from cyclevae.teacher import Teacher
 
@@ -25,6 +34,8 @@ class StepOutput(NamedTuple):
         loss: the weighted sum, with its graph.
         metrics: detached 0-d tensors: each term that ran, unweighted, its weight where it may move,
             and statistics of the latents. A term that did not run is absent.
+        skip: with `non_finite="skip"`, whether a term is not finite on some rank, a 0-d bool
+            tensor: see `skip_update`.
 
     Examples:
         >>> output = StepOutput(torch.tensor(1.0), {"text_loss": torch.tensor(1.0)})
@@ -34,6 +45,7 @@ class StepOutput(NamedTuple):
 
     loss: Scalar
     metrics: dict[str, Tensor]
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +94,20 @@ class CycleObjective(Planned):
         text_bridge: of the latent cycle: a `TextBridge`, its name, or a function.
         latent_bridge: how the encoder makes the latents of the text cycle and the prior.
         show_latent: let the encoder of the latent cycle see the noised true latent.
-        text_policy: who learns from the text cycle.
-        latent_policy: who learns from the latent cycle.
+        text_policy: who learns from the text cycle: a `GradientPolicy`, a `PolicySchedule` or
+            `stop_gradient`, `decoder_isolated`, `full` or `alternating`.
+        latent_policy: who learns from the latent cycle; `encoder_isolated` in place of
+            `decoder_isolated`.
         p_dual: the share of steps that run both cycles; the others run one, text and latent in
             turn. The text marginal and the sleep term go with the latent cycle. 0 alternates.
         cycle_every: run the cycles at every so many steps only.
         cycle_fraction: the share of pairs, and of other rows, that the cycles run on: the first
             ones of a batch, so batches must be in random order.
+        non_finite: what becomes of a step with a term that is NaN or infinite on any rank. `raise`
+            an error that names it, which waits for the device; `skip`: say so in
+            `StepOutput.skip`; `zero`: the term gets no gradient, on all ranks, and the others keep
+            theirs. None looks at nothing. The others cost one collective where there are several
+            ranks, in every step, so every rank must run as many. Only `skip` compiles.
         seed: of the steps that `p_dual` chooses, and of draws that ranks must share.
 
     Raises:
@@ -149,6 +168,27 @@ class CycleObjective(Planned):
         # Tensors of their own, so that each may be summed over ranks in place.
         return {name: count.clone() for name, count in counts.items()}
 
+    def describe(self, step: int = 0) -> str:
+        """Who learns from what at a step: a line for each pass that a term may teach.
+
+        `frozen` are the roles and patterns that get no gradient from the pass, though gradient may
+        flow through them; `learns` are the roles that the pass uses, see `Roles`.
+
+        Examples:
+            >>> from cyclevae.testing import toy_denoiser
+            >>> objective = CycleObjective(
+            ...     *toy_denoiser(seed=0)[1:], unconditional_weight=0.0, cycle_latent_weight=0.0,
+            ...     text_policy="decoder_isolated",
+            ... )
+            >>> print(objective.describe())
+            term        weight  pass               learns                frozen
+            text        1       L2T of the latent  decoder_only, shared  -
+            latent      5       T2L of the text    encoder_only, shared  -
+            cycle_text  2       T2L makes z_hat    nobody                -
+                                L2T reads z_hat    decoder_only          encoder_only, shared
+        """
+        return describe(self, step)
+
     def __call__(
         self,
         denoiser: Denoiser,
@@ -174,6 +214,70 @@ class CycleObjective(Planned):
             ValueError: wrong shapes or values, an unknown count, a direction without rows, or a
                 prior without its teacher.
         """
+        if self._stages:
+            return self.at(step)(
+                denoiser, batch, step=step, generator=generator, counts=counts, teacher=teacher
+            )
+        refuse_compiling(self.non_finite)
+        verdicts = {}
+        if self.non_finite == "zero":
+            denoiser, verdicts = Guarded(denoiser), {term: Verdict() for term in TERMS}
+        run = self._run(denoiser, batch, step, generator, counts, teacher, verdicts)
+        terms, metrics, skip = self._weighted(run), dict(run.metrics), None
+        if self.non_finite is not None:
+            finite = finite_terms(terms)
+            metrics["non_finite_terms"] = (~finite).sum()
+            match self.non_finite:
+                case "raise":
+                    refuse_non_finite(terms, finite)
+                case "skip":
+                    skip = ~finite.all()
+                case "zero":
+                    terms = zero_terms(terms, finite, verdicts)
+        loss = torch.stack(list(terms.values())).sum()
+        metrics = {name: value.detach() for name, value in {**run.losses, **metrics}.items()}
+        for term, weight in run.weights.items():
+            if callable(getattr(self, f"{term}_weight")) or term.startswith("cycle"):
+                metrics[f"{term}_weight"] = torch.full((), weight, device=loss.device)
+        return StepOutput(loss, {"loss": loss.detach(), **metrics}, skip)
+
+    def terms(
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        counts: Mapping[str, Count] | None = None,
+        teacher: Denoiser | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms of a step, each with its graph; their sum is the loss.
+
+        For a look at single terms, as `cyclevae.diagnostics.gradient_ledger` takes. Arguments and
+        errors are those of the call.
+
+        Examples:
+            >>> from cyclevae.testing import toy_batch, toy_denoiser
+            >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+            >>> objective = CycleObjective(text_process, latent_process)
+            >>> list(objective.terms(denoiser, toy_batch(seed=0), step=0))
+            ['text', 'latent', 'unconditional', 'cycle_text', 'cycle_latent']
+        """
+        objective = self.at(step)
+        run = objective._run(denoiser, batch, step, generator, counts, teacher, {})
+        return objective._weighted(run)
+
+    def _run(
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        step: int,
+        generator: torch.Generator | None,
+        counts: Mapping[str, Count] | None,
+        teacher: Denoiser | None,
+        verdicts: Mapping[str, Verdict],
+    ) -> Step:
+        """The passes of a step, run."""
         weights = self.weights(step)
         if not weights:
             raise ValueError(
@@ -182,20 +286,22 @@ class CycleObjective(Planned):
             )
         rows = arrange(batch, self.text_process, self.latent_process)
         counts = self._checked_counts(counts)
-        run = Step(self, denoiser, teacher, rows, weights, step, generator, counts, {}, {})
-        losses, metrics = run.terms()
-        loss = torch.stack(
-            [
-                losses[name] * torch.full((), weights[term], device=losses[name].device)
-                for term in weights
-                for name in _LOSSES[term]
-            ]
-        ).sum()
-        metrics = {name: value.detach() for name, value in {**losses, **metrics}.items()}
-        for term in weights:
-            if callable(getattr(self, f"{term}_weight")) or term.startswith("cycle"):
-                metrics[f"{term}_weight"] = torch.full((), weights[term], device=loss.device)
-        return StepOutput(loss, {"loss": loss.detach(), **metrics})
+        run = Step(
+            self, denoiser, teacher, rows, weights, step, generator, counts, {}, {}, verdicts
+        )
+        run.all()
+        return run
+
+    def _weighted(self, run: Step) -> dict[str, Tensor]:
+        def weigh(name: str, weight: Number) -> Tensor:
+            loss = run.losses[name]
+            # a tensor, so that a moving weight is no reason to compile again
+            return loss * torch.full((), weight, device=loss.device)
+
+        return {
+            term: torch.stack([weigh(name, weight) for name in _LOSSES[term]]).sum()
+            for term, weight in run.weights.items()
+        }
 
     def _checked_counts(self, counts: Mapping[str, Count] | None) -> Mapping[str, Count]:
         statistics = () if reads_teacher(self.prior) else ("prior",)

@@ -5,15 +5,23 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
 from cyclevae import _checks
-from cyclevae._config import dump, load
+from cyclevae._config import Part, dump, load
 from cyclevae._prior import Prior, as_tensors, check_prior, reads_teacher
 from cyclevae._types import Number, Prediction, Schedule
 from cyclevae.base import LatentDistance
 from cyclevae.bridges import AnyTextBridge, TextBridge
 from cyclevae.contrastive import Critic
-from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy
+from cyclevae.gradient_policy import GradientPolicy
 from cyclevae.latent_bridges import ONE_SHOT, LatentBridge
 from cyclevae.latent_process import LatentProcess
+from cyclevae.non_finite import NonFinite
+from cyclevae.policies import (
+    LATENT_POLICIES,
+    TEXT_POLICIES,
+    AnyPolicy,
+    named_policy,
+    policy_class,
+)
 from cyclevae.schedules import Anneal, Ramp
 from cyclevae.text_process import TextProcess
 from cyclevae.times import TimePolicy
@@ -33,11 +41,12 @@ TERMS = (
     "text_marginal",
 )
 READ_A_BRIDGE = ("cycle_text", "cycle_latent", "prior", "contrastive")
-_PARTS = {
+_PARTS: dict[str, Part] = {
     "text_process": TextProcess,
     "latent_process": LatentProcess,
-    "text_policy": GradientPolicy,
-    "latent_policy": GradientPolicy,
+    "text_policy": policy_class,
+    "latent_policy": policy_class,
+    "policies": GradientPolicy,
     "text_bridge": TextBridge,
     "latent_bridge": LatentBridge,
     "bridge_time": TimePolicy,
@@ -78,11 +87,12 @@ class Options:
     text_bridge: AnyTextBridge = "argmax"
     latent_bridge: LatentBridge = ONE_SHOT
     show_latent: bool = False
-    text_policy: GradientPolicy = STOP_GRADIENT
-    latent_policy: GradientPolicy = STOP_GRADIENT
+    text_policy: AnyPolicy = "stop_gradient"
+    latent_policy: AnyPolicy = "stop_gradient"
     p_dual: Number = 1.0
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
+    non_finite: NonFinite | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +102,8 @@ class Options:
                 _checks.check_nonnegative(f"{term}_weight", weight)
         for name in ("latent_distance", "cycle_latent_distance"):
             _checks.check_choice(name, getattr(self, name), get_args(LatentDistance))
+        if self.non_finite is not None:
+            _checks.check_choice("non_finite", self.non_finite, get_args(NonFinite))
         if self.latent_space is not None:
             _checks.check_choice("latent_space", self.latent_space, get_args(Prediction))
         if self.min_snr is not None:
@@ -107,7 +119,10 @@ class Options:
                 f"`cycle_every` must be an integer of at least 1, got {self.cycle_every!r}"
             )
         self._check_times()
-        self.bridge.check_policy(self.latent_policy)
+        for name, presets in (("text_policy", TEXT_POLICIES), ("latent_policy", LATENT_POLICIES)):
+            object.__setattr__(self, name, named_policy(name, getattr(self, name), presets))
+        if isinstance(self.latent_policy, GradientPolicy):
+            self.bridge.check_policy(self.latent_policy)
         if self.text_marginal_weight != 0 and self.bridge.differentiable is False:
             raise ValueError(
                 f"`text_marginal_weight` teaches the decoder through a relaxed text, and the "
