@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import cyclevae as cv
 from cyclevae.bridges import TextBridge
+from cyclevae.policies import TEXT_POLICIES
 from cyclevae.testing import ToyNetwork, toy_batch, toy_denoiser
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
@@ -300,3 +303,29 @@ def test_the_table_names_patterns_and_turns():
     turns = replace(objective, text_policy="alternating")
     assert "nobody" in turns.describe(0).splitlines()[1]
     assert "nobody" in turns.describe(1).splitlines()[2]
+
+
+# --- the picture in the docs ------------------------------------------------------------------
+
+
+def test_the_picture_shows_who_learns():
+    """Of each policy the boxes of both passes; of `alternating` those of the second turn."""
+    picture = Path(__file__).parents[1] / "docs" / "images" / "who-learns.svg"
+    svg = "{http://www.w3.org/2000/svg}"
+    shown = {
+        group.get("id"): [
+            (box.get("data-role"), box.get("class")) for box in group.iter(f"{svg}rect")
+        ]
+        for group in ElementTree.parse(picture).getroot().iter(f"{svg}g")
+    }
+    assert shown.keys() == TEXT_POLICIES.keys()
+    for name, boxes in shown.items():
+        step = 1 if name == "alternating" else 0
+        objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=name)
+        learns = {role for role, kind in boxes if kind == "learns"}
+        assert learners(DENOISER, objective, step) == learns, name
+        makes, reads = boxes[:2], boxes[2:]
+        policy = objective.at(step).text_policy
+        assert {kind for _, kind in makes} == {"none" if policy.bridge == "detach" else "learns"}
+        frozen = {"decoder_only", "shared"} if policy.freeze == ("*",) else {*policy.freeze}
+        assert {role for role, kind in reads if kind == "frozen"} == frozen - {"encoder_only"}
