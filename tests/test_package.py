@@ -24,7 +24,7 @@ LAYERS = (
     {"_reduce", "_config", "schedules", "kernels", "pool"},
     {"text_process", "latent_process", "times", "denoiser", "gradient_policy"},
     {"text_bridges"},
-    {"bridges", "passes", "teacher"},
+    {"bridges", "passes", "teacher", "accumulate"},
     {"batch", "base", "unmasking", "rloo", "latent_bridges", "contrastive"},
     {"unconditional", "text_marginal", "priors"},
     {"cycles", "_prior"},
