@@ -1,18 +1,21 @@
 """Ranks and accumulation steps: they must not change the gradient of a training step."""
 
+import multiprocessing
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from cyclevae._plan import LATENT_HALF, TEXT_HALF
@@ -46,7 +49,8 @@ def check_ranks(
 
     Args:
         make: makes the module of the step, after a fixed seed. Every process calls it, so it must
-            be importable: a function at the top of a module, or a `functools.partial` of one.
+            be importable: a function at the top of a module, or a `functools.partial` of one. A
+            script calls `check_ranks` below `if __name__ == "__main__"`.
         parts: `parts[r][a]` is the batch of rank `r` at accumulation step `a`. Make them uneven:
             other numbers of rows, shorter texts, a rank without unpaired rows. Unpaired latents
             need their `pseudo_text_mask`, because lengths drawn from the texts of a batch depend
@@ -54,7 +58,8 @@ def check_ranks(
         step: the training step.
         wrap: what training does to the module on each rank, importable like `make`. It is called
             as `wrap(module)(batch, step, counts=counts)`, under its `no_sync()`, where it has one,
-            at all accumulation steps but the last. Not called where there is one rank.
+            at all accumulation steps but the last; twice, because DDP settles at its first step
+            and complains at its second. Not called where there is one rank.
         tolerance: of a gradient, relative to the largest entry of all gradients.
         time_limit: seconds that ranks may take from when all of them are there. Not to finish in
             time is an error: a rank waits for what another one skips.
@@ -141,12 +146,14 @@ def _gradients(
         batches = [_double(batch) for batch in batches]
         counts = _global_counts(module, batches, ranks=wrap is not None)
         wrapped = module if wrap is None else wrap(module)
-        for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
-            hold: Any = getattr(wrapped, "no_sync", nullcontext)
-            with hold() if left else nullcontext():
-                with SameDraws():
-                    loss = wrapped(batch, step, counts=counts).loss
-                loss.backward()
+        hold: Any = getattr(wrapped, "no_sync", nullcontext)
+        for _ in range(1 if wrap is None else 2):  # DDP settles at its first step
+            module.zero_grad()
+            for left, batch in zip(range(len(batches))[::-1], batches, strict=True):
+                with hold() if left else nullcontext():
+                    with SameDraws():
+                        loss = wrapped(batch, step, counts=counts).loss
+                    loss.backward()
         return _whole(module)
 
 
@@ -218,8 +225,7 @@ def _compare(expected: Gradients, found: Gradients, where: str, tolerance: float
                 f"{there:.12g} in one process on the joined batch. The usual causes: `counts` that "
                 "are not used, or not summed over accumulation steps and ranks; batch "
                 "normalisation, or another statistic of the batch; dropout; a draw that depends on "
-                "the split; under DDP, a parameter that no term uses, without "
-                "find_unused_parameters=True"
+                "the split"
             )
 
 
@@ -282,28 +288,45 @@ def _check_importable(name: str, function: Callable[..., object]) -> None:
 
 def _spawn(arguments: tuple[Any, ...], ranks: int, time_limit: float) -> list[Gradients]:
     """Run `_work` on each rank; what each has found, or an error instead of a hang."""
+    spawning = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn: Any = start_processes  # which has no annotations
-        work = spawn(_work, (ranks, folder, *arguments), nprocs=ranks, join=False)
-        deadline = None
+        workers = [
+            spawning.Process(target=_work, args=(rank, ranks, folder, *arguments), daemon=True)
+            for rank in range(ranks)
+        ]
         try:
-            while not work.join(timeout=0.05):
-                if deadline is None and not _missing(folder, "begun", ranks):
-                    deadline = time.monotonic() + time_limit
-                if deadline is not None and time.monotonic() > deadline:
-                    late = _missing(folder, "done", ranks)
-                    raise AssertionError(
-                        f"{_name_ranks(late)} did not finish within {time_limit:g} s: does a rank "
-                        "skip a pass, a collective or an accumulation step that others take?"
-                    )
-        except ProcessException as error:
-            raise AssertionError(f"rank {error.error_index} failed: {error}") from error
+            for worker in workers:
+                worker.start()
+            _wait(workers, folder, time_limit)
         finally:
-            for process in work.processes:
-                process.kill()
-                process.join()
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.kill()
+                    worker.join()
         return [torch.load(folder / f"{rank}.done", weights_only=True) for rank in range(ranks)]
+
+
+def _wait(workers: Sequence[BaseProcess], folder: Path, time_limit: float) -> None:
+    def missing(what: str) -> list[int]:
+        return [rank for rank in range(len(workers)) if not (folder / f"{rank}.{what}").exists()]
+
+    deadline = float("inf")
+    while late := missing("done"):
+        for rank in late:
+            if (code := workers[rank].exitcode) is not None:
+                raise AssertionError(f"rank {rank} died with exit code {code}: {_SKIPS}")
+        for failed in sorted(folder.glob("*.failed"), key=lambda path: path.stat().st_mtime_ns):
+            raise AssertionError(f"rank {failed.stem} failed:\n{failed.read_text()}")
+        if deadline == float("inf") and not missing("begun"):
+            deadline = time.monotonic() + time_limit
+        if time.monotonic() > deadline:
+            who = f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
+            raise AssertionError(f"{who} did not finish within {time_limit:g} s: {_SKIPS}")
+        time.sleep(0.02)
+
+
+_SKIPS = "does a rank skip a pass, a collective or an accumulation step that others take?"
 
 
 def _work(
@@ -318,21 +341,14 @@ def _work(
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    (folder / f"{rank}.begun").touch()
+    unfinished, outcome = folder / f"{rank}.part", "done"
     try:
-        (folder / f"{rank}.begun").touch()
-        found = _gradients(make, parts[rank], step, wrap)
-        torch.save(found, folder / f"{rank}.saved")
-        (folder / f"{rank}.saved").rename(folder / f"{rank}.done")
-        # To leave now would show a rank that still waits for this one a lost connection, no hang.
-        while _missing(folder, "done", ranks):
-            time.sleep(0.01)
-    finally:
-        dist.destroy_process_group()
-
-
-def _missing(folder: Path, what: str, ranks: int) -> list[int]:
-    return [rank for rank in range(ranks) if not (folder / f"{rank}.{what}").exists()]
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        torch.save(_gradients(make, parts[rank], step, wrap), unfinished)
+    except Exception:
+        unfinished.write_text(traceback.format_exc())
+        outcome = "failed"
+    unfinished.rename(folder / f"{rank}.{outcome}")
+    # Until it is ended: a process that leaves would fail those that still wait for it.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
