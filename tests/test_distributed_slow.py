@@ -53,10 +53,13 @@ SAMPLED = {
 # Gradients: DDP around the step
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_two_ranks_of_which_one_lacks_unpaired_rows(steps):
+@pytest.mark.parametrize(
+    ("steps", "wrap"),
+    [(1, DistributedDataParallel), (2, FINDS_UNUSED), (3, DistributedDataParallel)],
+)
+def test_two_ranks_of_which_one_lacks_unpaired_rows(steps, wrap):
     first, second = [*PARTS[0], batch(1, 1, 0, seed=6)], [*PARTS[1], batch(1, 0, 0, seed=7)]
-    check_ranks(makes(), [first[:steps], second[:steps]])
+    check_ranks(makes(), [first[:steps], second[:steps]], wrap=wrap)
 
 
 @pytest.mark.parametrize("options", [{}, RELAXED, SAMPLED], ids=["default", "relaxed", "sampled"])

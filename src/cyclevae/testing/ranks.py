@@ -43,9 +43,9 @@ def check_ranks(
     parts, with the `counts` summed over accumulation steps and ranks; then compares the gradients
     of all parameters on all ranks. With one rank everything runs in this process.
 
-    All of it is in float64, and for every row the same noise and the same times are drawn, however
-    the rows are split: nothing else need be done for the draws of this library. They are checked
-    in so far as a step uses them row by row.
+    All of it is in float64. Every row is given the same noise and the same times, however the rows
+    are split; rows that exchange theirs go unseen. A draw that is not of this library, in a bridge
+    of your own, must come from `torch.rand`, `torch.randn`, `Tensor.exponential_` or be the same.
 
     Args:
         make: makes the module of the step, after a fixed seed. Every process calls it, so it must
