@@ -1,19 +1,13 @@
 """Ranks and accumulation steps: they must not change the gradient of a training step."""
 
-import multiprocessing
 import pickle
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +18,7 @@ from cyclevae.batch import Batch
 from cyclevae.objective import CycleObjective, StepModule
 from cyclevae.phases import Phases
 from cyclevae.testing._draws import SameDraws
+from cyclevae.testing._processes import run_ranks
 
 Gradients = dict[str, Tensor | None]
 
@@ -43,9 +38,9 @@ def check_ranks(
     parts, with the `counts` summed over accumulation steps and ranks; then compares the gradients
     of all parameters on all ranks. With one rank everything runs in this process.
 
-    All of it is in float64. Every row is given the same noise and the same times, however the rows
-    are split; rows that exchange theirs go unseen. A draw that is not of this library, in a bridge
-    of your own, must come from `torch.rand`, `torch.randn`, `Tensor.exponential_` or be the same.
+    All of it is on the CPU and in float64. Every row is given the same noise and the same times,
+    however the rows are split; rows that exchange theirs go unseen. A draw of your own must come
+    from `torch.rand`, `torch.randn` or `Tensor.exponential_` to be controlled like this.
 
     Args:
         make: makes the module of the step, after a fixed seed. Every process calls it, so it must
@@ -91,8 +86,8 @@ def check_ranks(
         return _compare(expected, _gradients(make, parts[0], step), "accumulation", tolerance)
     _check_importable("make", make)
     _check_importable("wrap", wrap)
-    found = _spawn((make, wrap, parts, step), len(parts), time_limit)
-    for rank, gradients in enumerate(found):
+    work = partial(_rank_gradients, make, parts, step, wrap)
+    for rank, gradients in enumerate(run_ranks(work, len(parts), time_limit)):
         _compare(expected, gradients, f"rank {rank}", tolerance)
 
 
@@ -132,6 +127,16 @@ def _joined_gradients(
             loss = module(batch, step, counts=counts).loss
         loss.backward()
     return _whole(module)
+
+
+def _rank_gradients(
+    make: Callable[[], StepModule],
+    parts: Sequence[Sequence[Batch]],
+    step: int,
+    wrap: Callable[[StepModule], nn.Module],
+    rank: int,
+) -> Gradients:
+    return _gradients(make, parts[rank], step, wrap)
 
 
 def _gradients(
@@ -281,74 +286,3 @@ def _check_importable(name: str, function: Callable[..., object]) -> None:
             f"`{name}` must be importable by new processes, a function at the top of a module or a "
             f"functools.partial of one; got {function!r} ({error})"
         ) from error
-
-
-# One process per rank
-
-
-def _spawn(arguments: tuple[Any, ...], ranks: int, time_limit: float) -> list[Gradients]:
-    """Run `_work` on each rank; what each has found, or an error instead of a hang."""
-    spawning = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        workers = [
-            spawning.Process(target=_work, args=(rank, ranks, folder, *arguments), daemon=True)
-            for rank in range(ranks)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            _wait(workers, folder, time_limit)
-        finally:
-            for worker in workers:
-                if worker.pid is not None:
-                    worker.kill()
-                    worker.join()
-        return [torch.load(folder / f"{rank}.done", weights_only=True) for rank in range(ranks)]
-
-
-def _wait(workers: Sequence[BaseProcess], folder: Path, time_limit: float) -> None:
-    def missing(what: str) -> list[int]:
-        return [rank for rank in range(len(workers)) if not (folder / f"{rank}.{what}").exists()]
-
-    deadline = float("inf")
-    while late := missing("done"):
-        for rank in late:
-            if (code := workers[rank].exitcode) is not None:
-                raise AssertionError(f"rank {rank} died with exit code {code}: {_SKIPS}")
-        for failed in sorted(folder.glob("*.failed"), key=lambda path: path.stat().st_mtime_ns):
-            raise AssertionError(f"rank {failed.stem} failed:\n{failed.read_text()}")
-        if deadline == float("inf") and not missing("begun"):
-            deadline = time.monotonic() + time_limit
-        if time.monotonic() > deadline:
-            who = f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
-            raise AssertionError(f"{who} did not finish within {time_limit:g} s: {_SKIPS}")
-        time.sleep(0.02)
-
-
-_SKIPS = "does a rank skip a pass, a collective or an accumulation step that others take?"
-
-
-def _work(
-    rank: int,
-    ranks: int,
-    folder: Path,
-    make: Callable[[], StepModule],
-    wrap: Callable[[StepModule], nn.Module],
-    parts: Sequence[Sequence[Batch]],
-    step: int,
-) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    (folder / f"{rank}.begun").touch()
-    unfinished, outcome = folder / f"{rank}.part", "done"
-    try:
-        torch.save(_gradients(make, parts[rank], step, wrap), unfinished)
-    except Exception:
-        unfinished.write_text(traceback.format_exc())
-        outcome = "failed"
-    unfinished.rename(folder / f"{rank}.{outcome}")
-    # Until it is ended: a process that leaves would fail those that still wait for it.
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
