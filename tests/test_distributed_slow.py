@@ -1,10 +1,7 @@
-"""Ranks: replicas stay equal, and the gradient is that of one process on the joined batch.
+"""Ranks: replicas stay equal, and the gradient is that of one process on the joined batch."""
 
-Gradients are compared in float64 on a model that is told no noise, so that ranks need not draw the
-same: all per-sample terms are then functions of the batch.
-"""
-
-from dataclasses import replace
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,78 +10,234 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import cyclevae as cv
-from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch, toy_denoiser
+from cyclevae.testing import check_denoiser, check_ranks, join_batches, toy_batch, toy_denoiser
 from distributed import gather, run_ranks
+from rank_cases import (
+    LATENT,
+    ONLY,
+    PARTS,
+    TEXT,
+    UNIFORM,
+    Forgetful,
+    Normalised,
+    batch,
+    makes,
+    network,
+)
 
 pytestmark = pytest.mark.slow
 TORCH_2_5 = torch.__version__.startswith("2.5.")
-TEXT, LATENT = cv.TextProcess(2, 7, pad_id=0), cv.LatentProcess("continuous_cosine", shape=(4,))
-EXACT = cv.CycleObjective(TEXT, LATENT, unconditional_weight=0.0, cycle_text_weight=2.0)
+FINDS_UNUSED = partial(DistributedDataParallel, find_unused_parameters=True)
+FIRST_STEP = [batches[:1] for batches in PARTS]
+FROZEN = {"text_policy": cv.GradientPolicy(freeze=("text_head.*",))}
+# Together all per-sample terms; test_ranks.py takes them one by one
+RELAXED = {
+    "text_bridge": "gumbel",
+    "latent_policy": cv.GradientPolicy("full"),
+    "text_policy": cv.GradientPolicy("full"),
+    "sleep_weight": 1.0,
+    "text_marginal_weight": 1.0,
+    "prior": "learned",
+    "prior_weight": 1.0,
+}
+SAMPLED = {
+    "text_bridge": cv.TextBridge("rloo", samples=2),
+    "latent_policy": cv.GradientPolicy("full"),
+    "base_latent_time": UNIFORM,
+    "bridge_time": UNIFORM,
+    "prior": "ddvi",
+    "prior_weight": 1.0,
+}
 
 
-class Noiseless(ToyNetwork):
-    """Blind to latents at full noise, where the target of v is then a function of the data."""
-
-    def forward(self, tokens, latents, *, latent_time, **state):
-        seen = latents * (1 - latent_time)[:, None]
-        return super().forward(tokens, seen, latent_time=latent_time, **state)
+# Gradients: DDP around the step
 
 
-def noiseless():
-    torch.manual_seed(0)
-    return Noiseless(vocab_size=7, latent_dim=4).double()
+@pytest.mark.parametrize(
+    ("steps", "wrap"),
+    [(1, DistributedDataParallel), (2, FINDS_UNUSED), (3, DistributedDataParallel)],
+)
+def test_two_ranks_of_which_one_lacks_unpaired_rows(steps, wrap):
+    first, second = [*PARTS[0], batch(1, 1, 0, seed=6)], [*PARTS[1], batch(1, 0, 0, seed=7)]
+    check_ranks(makes(), [first[:steps], second[:steps]], wrap=wrap)
 
 
-def shares():
-    """One batch of three pairs and what each of two ranks sees of it; rank 1 sees pairs only."""
-    whole = toy_batch(seed=3)
-    whole = whole._replace(
-        latents=whole.latents.double(),
-        unpaired_latents=whole.unpaired_latents.double(),
-        pseudo_text_mask=torch.arange(4) < torch.tensor([[4], [1], [3]]),
+@pytest.mark.parametrize("options", [{}, RELAXED, SAMPLED], ids=["default", "relaxed", "sampled"])
+def test_three_ranks_with_different_numbers_of_steps(options):
+    check_ranks(makes(**options), PARTS)
+
+
+def test_unused_parameters():
+    make = makes(latent_weight=0.0, unconditional_weight=0.0, cycle_latent_weight=0.0)
+    make = partial(make, cycle_text_weight=0.0)  # the text loss alone
+    check_ranks(make, PARTS[:2], wrap=FINDS_UNUSED)
+    with pytest.raises(AssertionError, match=r"rank \d failed:(.|\n)*find_unused_parameters=True"):
+        check_ranks(make, PARTS[:2])
+
+
+@pytest.mark.parametrize("prior", ["moment", "mmd", "sigreg"])
+def test_priors_of_pooled_rows(prior):
+    check_ranks(makes(prior=prior, prior_weight=1.0, pool_prior=True), FIRST_STEP)
+
+
+# Gradients: other wrappers
+
+
+def ddp_network(module):
+    """DDP around the network alone, with the objective outside."""
+    denoiser = cv.as_denoiser(DistributedDataParallel(module.network))
+    check_denoiser(denoiser, TEXT, LATENT, dtype=torch.float64)
+    return cv.StepModule(denoiser, module.objective)
+
+
+def test_ddp_around_the_network_with_a_frozen_part():
+    check_ranks(makes(**FROZEN), PARTS[:2], wrap=ddp_network)
+
+
+def shard(network):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in (network.shared, network.text_head):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def fsdp(module):
+    shard(module.network)
+    check_denoiser(module.denoiser, TEXT, LATENT, dtype=torch.float64)
+    return module
+
+
+fsdp2 = pytest.mark.skipif(TORCH_2_5, reason="FSDP2 of torch 2.5 needs CUDA")
+
+
+@fsdp2
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["all", "frozen"])
+def test_fsdp2(options):
+    check_ranks(makes(**options), PARTS[:2], wrap=fsdp)
+
+
+# What the harness finds
+
+
+def bare(module):
+    """A step that nobody averages over ranks."""
+    return module
+
+
+class Lonely(cv.CycleObjective):
+    """Waits for the other ranks where it has unpaired rows."""
+
+    def __call__(self, denoiser, batch, **options):
+        if dist.is_initialized() and batch.unpaired_tokens is not None:
+            dist.barrier()
+        return super().__call__(denoiser, batch, **options)
+
+
+class Picky(cv.CycleObjective):
+    def __call__(self, denoiser, batch, **options):
+        if dist.is_initialized() and batch.unpaired_tokens is None:
+            raise RuntimeError("nothing to cycle")
+        return super().__call__(denoiser, batch, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrap", "match"),
+    [
+        (makes(Forgetful), DistributedDataParallel, r"rank 0: the gradient of network\."),
+        (makes(kind=Normalised), DistributedDataParallel, r"rank 0: the gradient of network\."),
+        (makes(), bare, r"rank 0: the gradient of network\."),
+        (makes(Picky), DistributedDataParallel, r"rank 1 failed:(.|\n)*Error: nothing to cycle"),
+        (
+            makes(Lonely),
+            bare,
+            r"ranks? 0.* did not finish within 4 s: does a rank skip a pass, a coll",
+        ),
+        (makes(Lonely), DistributedDataParallel, r"ranks? .* (died|failed|did not finish)"),
+    ],
+    ids=["counts withheld", "batch norm", "not averaged", "an error", "a hang", "out of step"],
+)
+def test_mistakes_are_found(make, wrap, match):
+    with pytest.raises(AssertionError, match=match):
+        check_ranks(make, FIRST_STEP[:2], wrap=wrap, time_limit=4 if "Lonely" in str(make) else 60)
+
+
+# Accumulation of a statistic
+
+
+STATISTICS = {
+    "moment": lambda z, latents: cv.moment_prior(z),
+    "mmd": lambda z, latents: cv.mmd_prior(z),
+    "infonce": cv.infonce_loss,
+}
+
+
+def encode(denoiser, part):
+    """From noise that is a function of the row, so that it is the same in any split."""
+    return cv.encode_text(
+        denoiser,
+        part.tokens,
+        part.attention_mask,
+        text_process=TEXT,
+        latent_process=LATENT,
+        noise=part.latents.cos(),
+        policy=cv.GradientPolicy("full"),
     )
-    first = whole._replace(
-        tokens=whole.tokens[:1, :4],
-        attention_mask=whole.attention_mask[:1, :4],
-        latents=whole.latents[:1],
-    )
-    second = cv.Batch(whole.tokens[1:], whole.attention_mask[1:], whole.latents[1:])
-    assert not whole.attention_mask[:1, 4:].any()
-    return whole, (first, second)
 
 
-def joined_gradients(objective=EXACT):
-    network = noiseless()
-    objective(cv.as_denoiser(network), shares()[0], step=0).loss.backward()
-    return {name: parameter.grad for name, parameter in network.named_parameters()}
+def pooled(statistic, latents, z_hat):
+    return statistic(cv.pool_rows(z_hat), latents)
 
 
-def global_counts(batch, steps=1, objective=EXACT):
-    """Sum the counts over ranks and divide by their number, for the average that DDP takes."""
-    counts = objective.counts(batch)
-    for count in counts.values():
-        dist.all_reduce(count)
-    return {name: steps * count / dist.get_world_size() for name, count in counts.items()}
+def assert_same(module, reference):
+    for (name, got), wanted in zip(module.named_parameters(), reference.parameters(), strict=True):
+        if wanted.grad is None:
+            assert got.grad is None, name
+        else:
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
-def assert_joined(gradients, objective=EXACT):
-    expected = joined_gradients(objective)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+def two_pass_worker(rank):
+    """Three parts on one rank, one on the other; the prior beside the objective."""
+    torch.set_default_dtype(torch.float64)
+    parts = [
+        [cv.Batch(*part[:2], part[2].double()) for part in batches]
+        for batches in ([*PARTS[0], batch(1, seed=8)], PARTS[1][:1])
+    ]
+    joined = join_batches([part for batches in parts for part in batches])
+    objective = cv.CycleObjective(TEXT, LATENT, **{**ONLY, "text_weight": 1.0})  # draws nothing
+
+    def made():
+        torch.manual_seed(0)
+        return network()
+
+    for statistic in STATISTICS.values():
+        whole = cv.as_denoiser(made())
+        loss = objective(whole, joined, step=0).loss
+        (loss + 0.5 * statistic(encode(whole, joined), joined.latents)).backward()
+        ddp = DistributedDataParallel(made())
+        denoiser = cv.as_denoiser(ddp)
+        mine = parts[rank]
+        latents = cv.pool_rows(torch.cat([part.latents for part in mine]))
+        each = [objective.counts(part) for part in mine]
+        counts = {key: sum(count[key] for count in each) for key in each[0]}
+        for count in counts.values():
+            dist.all_reduce(count)
+        counts = {key: count / 2 for key, count in counts.items()}
+        losses = cv.two_pass(partial(pooled, statistic, latents), partial(encode, denoiser), mine)
+        for left, part in zip(range(len(mine))[::-1], mine, strict=True):
+            with ddp.no_sync() if left else nullcontext():
+                loss = objective(denoiser, part, step=0, counts=counts).loss
+                (loss + 0.5 * next(losses)).backward()
+        assert_same(ddp.module, whole.module)
 
 
-def test_the_noiseless_model_is_a_function_of_the_batch():
-    """What makes the comparisons below exact, and that they would notice a missing row."""
-    assert_joined(joined_gradients())
-    network = noiseless()
-    for batch in shares()[1]:  # without global counts
-        (EXACT(cv.as_denoiser(network), batch, step=0).loss / 2).backward()
-    with pytest.raises(AssertionError):
-        assert_joined({name: p.grad for name, p in network.named_parameters()})
+def test_two_pass_over_ranks():
+    run_ranks(two_pass_worker)
 
 
-# DDP around the step
+# Training
 
 
 def replicas_worker(rank, find_unused_parameters):
@@ -108,7 +261,12 @@ def replicas_worker(rank, find_unused_parameters):
         plans = gather(sorted(output.metrics))
         assert plans[0] == plans[1]
         assert ("cycle_text_loss" in plans[0]) == (step >= 2)
-    here, there = gather([parameter.detach() for parameter in module.parameters()])
+    assert_replicas(module.parameters(), before)
+
+
+def assert_replicas(parameters, before):
+    """Equal on both ranks, and moved."""
+    here, there = gather([parameter.detach() for parameter in parameters])
     for mine, theirs, start in zip(here, there, before, strict=True):
         assert torch.equal(mine, theirs) and not torch.equal(mine, start)
 
@@ -118,82 +276,16 @@ def test_replicas_stay_equal_where_a_rank_lacks_unpaired_rows(find_unused_parame
     run_ranks(replicas_worker, find_unused_parameters)
 
 
-def ddp_worker(rank):
-    batch = shares()[1][rank]
-    module = cv.StepModule(cv.as_denoiser(noiseless()), EXACT)
-
-    def gradients():
-        return {name: p.grad for name, p in module.network.named_parameters()}
-
-    for find_unused_parameters in (False, True):
-        ddp = DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
-        for _ in range(2):
-            module.zero_grad()
-            ddp(batch, 0, counts=global_counts(batch)).loss.backward()
-            assert_joined(gradients())
-        # accumulation: the same rows twice, with counts summed over both
-        module.zero_grad()
-        with ddp.no_sync():
-            ddp(batch, 0, counts=global_counts(batch, steps=2)).loss.backward()
-        ddp(batch, 0, counts=global_counts(batch, steps=2)).loss.backward()
-        assert_joined(gradients())
-
-
-def test_ddp_gradients_with_global_counts_are_those_of_the_joined_batch():
-    run_ranks(ddp_worker)
-
-
-def ddp_denoiser_worker(rank):
-    """DDP around the network alone, with the objective outside."""
-    batch = shares()[1][rank]
-    ddp = DistributedDataParallel(noiseless())
-    denoiser = cv.as_denoiser(ddp)
-    check_denoiser(denoiser, TEXT, LATENT, dtype=torch.float64)
-    policy = cv.GradientPolicy(freeze=("text_head.*",))
-    objective = replace(EXACT, text_policy=policy)
-    for _ in range(2):
-        ddp.zero_grad()
-        counts = global_counts(batch, objective=objective)
-        objective(denoiser, batch, step=0, counts=counts).loss.backward()
-        gradients = {name: p.grad for name, p in denoiser.module.named_parameters()}
-        assert_joined(gradients, objective)
-
-
-def test_ddp_around_the_network_with_a_frozen_part():
-    run_ranks(ddp_denoiser_worker)
-
-
-# FSDP2
-
-
 def fsdp_worker(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    batch, mesh = shares()[1][rank], init_device_mesh("cpu", (2,))
-    network = noiseless()
-    for block in (network.shared, network.text_head):
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    denoiser = cv.as_denoiser(network)
-    check_denoiser(denoiser, TEXT, LATENT, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(network.parameters())
-    for objective in (EXACT, replace(EXACT, text_policy=cv.GradientPolicy(freeze=("shared.*",)))):
-        for run in (objective, cv.StepModule(denoiser, objective)):
-            network.zero_grad()
-            counts = global_counts(batch, objective=objective)
-            if run is objective:
-                loss = objective(denoiser, batch, step=0, counts=counts).loss
-            else:
-                loss = run(batch, 0, counts=counts).loss
-            loss.backward()
-            gradients = {n: p.grad.full_tensor() for n, p in network.named_parameters()}
-            assert_joined(gradients, objective)
+    denoiser, text, latent = toy_denoiser(seed=0)
+    before = [parameter.clone() for parameter in denoiser.module.parameters()]
+    shard(denoiser.module)
+    optimizer = torch.optim.AdamW(denoiser.module.parameters())
+    cv.CycleObjective(text, latent)(denoiser, toy_batch(seed=rank), step=0).loss.backward()
     optimizer.step()
-    here, there = gather([p.full_tensor().detach() for p in network.parameters()])
-    for mine, theirs, start in zip(here, there, noiseless().parameters(), strict=True):
-        assert torch.equal(mine, theirs) and not torch.equal(mine, start)
+    assert_replicas([p.full_tensor() for p in denoiser.module.parameters()], before)
 
 
-@pytest.mark.skipif(TORCH_2_5, reason="FSDP2 of torch 2.5 needs CUDA")
-def test_fsdp2_gradients_with_global_counts_are_those_of_the_joined_batch():
+@fsdp2
+def test_replicas_of_fsdp2():
     run_ranks(fsdp_worker)

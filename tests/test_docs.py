@@ -101,21 +101,15 @@ def test_failures_point_to_their_line():
 
 
 def public_names():
-    """What `__init__` re-exports, and what `cyclevae.testing` defines."""
-    tree = ast.parse(Path(cyclevae.__file__).read_text())
-    names = {
-        f"cyclevae.{alias.asname}": getattr(cyclevae, alias.asname)
-        for node in tree.body
+    """What `cyclevae` and `cyclevae.testing` re-export, as in `from x import y as y`."""
+    return {
+        f"{package.__name__}.{alias.asname}": getattr(package, alias.asname)
+        for package in (cyclevae, cyclevae.testing)
+        for node in ast.parse(Path(package.__file__).read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname == alias.name
     }
-    names |= {
-        f"cyclevae.testing.{name}": value
-        for name, value in vars(cyclevae.testing).items()
-        if getattr(value, "__module__", None) == "cyclevae.testing" and not name.startswith("_")
-    }
-    return names
 
 
 PUBLIC = public_names()

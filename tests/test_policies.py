@@ -12,7 +12,7 @@ from torch import nn
 import cyclevae as cv
 from cyclevae.bridges import TextBridge
 from cyclevae.policies import TEXT_POLICIES
-from cyclevae.testing import ToyNetwork, toy_batch, toy_denoiser
+from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch, toy_denoiser
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 FULL = cv.GradientPolicy("full")
@@ -112,6 +112,19 @@ def test_a_role_that_nobody_named():
     pair = cv.as_denoiser(cv.EncoderDecoder(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="the roles 'shared', which hold no parameters"):
         cv.freeze(pair, "shared").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (cv.Roles(("word.*",), ()), "call 'word.weight' encoder_only, but L2T passes use them too"),
+        (cv.Roles((), ("shared.*",)), "'shared.weight', 'shared.bias' decoder_only, but T2L"),
+    ],
+)
+def test_the_dry_run_finds_roles_that_are_not_true(roles, message):
+    check_denoiser(DENOISER, TEXT, LATENT)
+    with pytest.raises(AssertionError, match=message):
+        check_denoiser(cv.as_denoiser(DENOISER.module, roles=roles), TEXT, LATENT)
 
 
 # --- policies by name -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Cycle losses, priors and gradient policies for bidirectional text/latent denoisers."""
 
 from cyclevae._checks import check_values as check_values
+from cyclevae.accumulate import two_pass as two_pass
 from cyclevae.base import l2t_loss as l2t_loss
 from cyclevae.base import latent_loss as latent_loss
 from cyclevae.base import min_snr_weight as min_snr_weight

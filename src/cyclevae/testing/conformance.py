@@ -1,6 +1,6 @@
-"""For users' own tests: is a model a denoiser, and which parameters learn from a loss."""
+"""Is a model a denoiser, in the wrappers it will be trained in."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,108 +10,10 @@ from torch import Tensor, nn
 
 from cyclevae._precision import fp32
 from cyclevae._types import Need
-from cyclevae.batch import Batch
-from cyclevae.denoiser import (
-    Denoised,
-    Denoiser,
-    ModuleDenoiser,
-    as_denoiser,
-    embed_tokens,
-    need_latents,
-    need_logits,
-)
-from cyclevae.gradient_policy import refuse_reentrant
+from cyclevae.denoiser import Denoised, Denoiser, need_latents, need_logits
 from cyclevae.latent_process import LatentProcess
-from cyclevae.roles import Roles
+from cyclevae.passes import l2t, t2l
 from cyclevae.text_process import TextProcess
-
-
-def assert_frozen(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> None:
-    """Assert that no gradient of `loss` reaches any of `parameters`.
-
-    Exact, whatever the model did: it asks autograd, without touching any `.grad`.
-
-    Args:
-        loss: a scalar with a graph, which is kept.
-        parameters: tensors, or `(name, tensor)` pairs such as `module.named_parameters()` gives
-            outside of `freeze`.
-
-    Raises:
-        AssertionError: names the parameters that would learn.
-        RuntimeError: if the graph holds reentrant activation checkpointing.
-        ValueError: if nothing would be tested: no graph, no parameters, or
-            sharded ones, or the aliases that `freeze` lends.
-
-    Examples:
-        >>> from cyclevae.gradient_policy import freeze
-        >>> layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-        >>> with freeze(layer):
-        ...     y = layer(x)
-        >>> assert_frozen(y.sum(), layer.named_parameters())
-        >>> assert_frozen(layer(x).sum(), layer.named_parameters())
-        Traceback (most recent call last):
-        AssertionError: expected no gradient, but these would learn: weight, bias
-    """
-    leaking = [name for name, gradient in _gradients(loss, parameters) if gradient is not None]
-    if leaking:
-        raise AssertionError(f"expected no gradient, but these would learn: {', '.join(leaking)}")
-
-
-def assert_learns(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> None:
-    """Assert that a gradient of `loss` reaches all `parameters` and is not zero in all of them.
-
-    Args:
-        loss: a scalar with a graph, which is kept.
-        parameters: as `assert_frozen`.
-
-    Raises:
-        AssertionError: names the parameters that the gradient does not reach.
-        RuntimeError: if the graph holds reentrant activation checkpointing.
-        ValueError: if nothing would be tested: no graph, no parameters, or
-            sharded ones, or the aliases that `freeze` lends.
-
-    Examples:
-        >>> layer = torch.nn.Linear(2, 2)
-        >>> assert_learns(layer(torch.ones(1, 2)).sum(), layer.named_parameters())
-    """
-    gradients = _gradients(loss, parameters)
-    missed = [name for name, gradient in gradients if gradient is None]
-    if missed:
-        raise AssertionError(f"expected a gradient, but none reaches: {', '.join(missed)}")
-    if not any(gradient.any() for _, gradient in gradients if gradient is not None):
-        names = ", ".join(name for name, _ in gradients)
-        raise AssertionError(f"expected a gradient, but it is zero in all of: {names}")
-
-
-def _gradients(
-    loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]]
-) -> list[tuple[str, Tensor | None]]:
-    named = [
-        (f"parameter {i}", entry) if isinstance(entry, Tensor) else entry
-        for i, entry in enumerate(parameters)
-    ]
-    if not named:
-        raise ValueError("`parameters` is empty, so nothing would be tested")
-    if not loss.requires_grad:
-        raise ValueError("`loss` has no graph, so nothing would be tested; was it detached?")
-    if any(type(tensor.grad_fn).__name__ == "_GateBackward" for _, tensor in named):
-        raise ValueError(
-            "`parameters` were taken inside freeze(), which holds aliases: take them outside"
-        )
-    if any(type(tensor).__name__ == "DTensor" for _, tensor in named):
-        raise ValueError(
-            "`parameters` are sharded, and FSDP2 hides their gradients from autograd: test the "
-            "model before fully_shard"
-        )
-    refuse_reentrant([loss])
-    # autograd.grad refuses tensors that do not require grad; they learn nothing.
-    learning = [tensor for _, tensor in named if tensor.requires_grad]
-    found = iter(
-        torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
-        if learning
-        else ()
-    )
-    return [(name, next(found) if tensor.requires_grad else None) for name, tensor in named]
 
 
 def check_denoiser(
@@ -129,8 +31,8 @@ def check_denoiser(
 
     Checks that the network is reached through its own `__call__`; that both directions and the
     joint mode return finite outputs of the right shapes; that `need` is honoured; that padding and
-    other rows of the batch change nothing; and that both outputs carry a gradient to the
-    parameters. No gradient is accumulated, and the global random state is left alone.
+    other rows of the batch change nothing; that both outputs carry a gradient to the parameters;
+    and that its roles, if it has any, are true. No gradient is accumulated, and the global random state is left alone.
 
     Args:
         denoiser: the denoiser, in the wrappers it will be trained in.
@@ -149,6 +51,7 @@ def check_denoiser(
         ValueError: no latent shape is known.
 
     Examples:
+        >>> from cyclevae.testing import toy_denoiser
         >>> check_denoiser(*toy_denoiser(seed=0), relaxed=True)
     """
     if isinstance(denoiser, nn.Module):
@@ -183,6 +86,40 @@ def check_denoiser(
         check(0.5, 0.5, "both", parameters)
         if relaxed:
             _check_relaxed(denoiser, text_process, tokens, latents, mask)
+        roles = getattr(denoiser, "roles", None)
+        if roles is not None and parameters:
+            groups = roles.groups(module)
+            logits = l2t(denoiser, latents, mask, text_process=text_process)
+            _check_role("encoder_only", groups, "L2T", logits)
+            encoded = t2l(
+                denoiser,
+                tokens,
+                mask,
+                latents=latents,
+                text_process=text_process,
+                latent_process=latent_process,
+            )
+            _check_role("decoder_only", groups, "T2L", encoded.prediction)
+
+
+def _check_role(
+    role: str, groups: Mapping[str, Sequence[tuple[str, Tensor]]], other: str, output: Tensor
+) -> None:
+    """The parameters of one direction take no part in the other."""
+    members = [(name, p) for name, p in groups[role] if p.requires_grad]
+    if not members:
+        return
+    reached = torch.autograd.grad(
+        output.float().square().sum(), [p for _, p in members], allow_unused=True
+    )
+    used = [
+        name for (name, _), g in zip(members, reached, strict=True) if g is not None and g.any()
+    ]
+    if used:
+        raise AssertionError(
+            f"the roles call {', '.join(map(repr, used))} {role}, but {other} passes use them too: "
+            "what both directions use is shared, so leave it out of the roles"
+        )
 
 
 def _check_relaxed(
@@ -337,73 +274,3 @@ def _evaluating(module: object) -> Iterator[None]:
             if any(base.__name__ == "FSDPModule" for base in type(m).__mro__):
                 reshard: Any = m.reshard
                 reshard()
-
-
-class ToyNetwork(nn.Module):
-    """The smallest network that reads both parts in both directions: for examples and tests.
-
-    Examples:
-        >>> ToyNetwork(vocab_size=7, latent_dim=4).text_head.out_features
-        7
-    """
-
-    def __init__(self, vocab_size: int, latent_dim: int) -> None:
-        super().__init__()
-        self.word = nn.Embedding(vocab_size, latent_dim)
-        self.times = nn.Linear(2, latent_dim)
-        self.shared = nn.Linear(latent_dim, latent_dim)
-        self.text_head = nn.Linear(latent_dim, vocab_size)
-        self.latent_head = nn.Linear(latent_dim, latent_dim)
-        self.roles = Roles(encoder_only=("latent_head.*",), decoder_only=("text_head.*",))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        latents: Tensor,
-        *,
-        text_time: Tensor,
-        latent_time: Tensor,
-        attention_mask: Tensor,
-        need: Need = "both",
-    ) -> Denoised:
-        """Mix the mean of the words with the latent."""
-        words = embed_tokens(self.word.weight, tokens)
-        keep = attention_mask.to(words)
-        weight = keep / keep.sum(dim=1, keepdim=True).clamp(min=1)
-        times = torch.stack([text_time, latent_time], dim=1).to(latents)
-        mean = (weight[..., None] * words).sum(dim=1)
-        hidden = self.shared((mean + latents + self.times(times)).tanh()).tanh()
-        return Denoised(
-            logits=None if need == "latents" else self.text_head(words + hidden[:, None]),
-            latent_prediction=None if need == "logits" else self.latent_head(hidden),
-        )
-
-
-def toy_denoiser(seed: int = 0) -> tuple[ModuleDenoiser, TextProcess, LatentProcess]:
-    """A denoiser of `ToyNetwork`, 7 ids (padding 0, mask 2) and latents of 4 dimensions.
-
-    Examples:
-        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
-        >>> latent_process.shape
-        (4,)
-    """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        network = ToyNetwork(vocab_size=7, latent_dim=4)
-    text_process = TextProcess(mask_id=2, vocab_size=7, pad_id=0)
-    return as_denoiser(network), text_process, LatentProcess(shape=(4,))
-
-
-def toy_batch(seed: int = 0, rows: int = 3) -> Batch:
-    """A batch for `toy_denoiser`, with pairs, unpaired texts and unpaired latents.
-
-    Examples:
-        >>> toy_batch(seed=0).unpaired_latents.shape
-        torch.Size([3, 4])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 6, (2, rows, 1), generator=generator)
-    mask = torch.arange(5) < lengths
-    tokens = torch.randint(3, 7, (2, rows, 5), generator=generator) * mask
-    latents = torch.randn(2, rows, 4, generator=generator)
-    return Batch(tokens[0], mask[0], latents[0], tokens[1], mask[1], latents[1])
