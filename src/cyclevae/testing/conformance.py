@@ -32,7 +32,8 @@ def check_denoiser(
     Checks that the network is reached through its own `__call__`; that both directions and the
     joint mode return finite outputs of the right shapes; that `need` is honoured; that padding and
     other rows of the batch change nothing; that both outputs carry a gradient to the parameters;
-    and that its roles, if it has any, are true. No gradient is accumulated, and the global random state is left alone.
+    and that its roles, if it has any, are true. No gradient is accumulated, and the global random
+    state is left alone.
 
     Args:
         denoiser: the denoiser, in the wrappers it will be trained in.
