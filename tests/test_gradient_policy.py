@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
+from cyclevae._gate import Frozen
 from cyclevae.gradient_policy import GradientPolicy, detach, freeze, refuse_reentrant
 from cyclevae.testing import assert_frozen, assert_learns
 
@@ -454,6 +455,36 @@ def test_nothing_keeps_the_module_alive():
     del model
     gc.collect()
     assert reference() is None
+
+
+# Another gate than the one of `freeze`.
+
+
+class Halve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *parameters):
+        return tuple([parameter.detach() for parameter in parameters])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple([gradient / 2 for gradient in gradients])
+
+
+def test_a_gate_of_ones_own_decides_about_the_gradient():
+    model, whole = toy(), toy()
+    supervised(whole, *data()).backward()
+    groups = []
+
+    def gate(parameters):
+        groups.append(len(parameters))
+        return Halve.apply(*parameters)
+
+    with Frozen(model, ("blocks.*",), gate):
+        loss = supervised(model, *data())
+    loss.backward()
+    assert sum(groups) == len(BLOCKS)
+    halved = {n: p.grad / (1 + (n in BLOCKS)) for n, p in whole.named_parameters()}
+    assert_same(gradients(model), halved)
 
 
 # What cannot be exact is refused.

@@ -5,7 +5,7 @@ the same tensors. `cyclevae.gradient_policy.freeze` is the public face of this f
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# What a group of parameters is lent instead: one alias for each, which decides about its gradient.
+Gate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 # Attributes of wrappers that never appear in the names users write.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -40,6 +43,12 @@ class _Gate(torch.autograd.Function):
         return (None,) * len(gradients)
 
 
+def drop_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gate of `freeze`: aliases that require grad and pass none on."""
+    aliases: tuple[Tensor, ...] = _Gate.apply(*parameters)  # type: ignore[no-untyped-call]
+    return aliases
+
+
 class _Slot(NamedTuple):
     """A place that holds a parameter; tied parameters have several."""
 
@@ -53,8 +62,8 @@ class _Slot(NamedTuple):
 class _Swap:
     """Lends slots their gated parameters; both methods also serve as forward hooks."""
 
-    def __init__(self, slots: Sequence[_Slot]) -> None:
-        self.slots = slots
+    def __init__(self, slots: Sequence[_Slot], gate: Gate) -> None:
+        self.slots, self.gate = slots, gate
         self.lent: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def lend(self, *_: object) -> None:
@@ -62,11 +71,10 @@ class _Swap:
         homes = [(slot.owner._parameters, slot.key) for slot in self.slots]
         held = [(home, key, home[key]) for home, key in homes]
         learning = {id(p): p for _, _, p in held if p is not None and p.requires_grad}
-        parameters, gated = list(learning.values()), []
+        parameters: list[Tensor] = list(learning.values())
+        gated: list[Tensor] = []
         for start in range(0, len(parameters), _PARAMETERS_PER_GATE):
-            gated += _Gate.apply(  # type: ignore[no-untyped-call]
-                *parameters[start : start + _PARAMETERS_PER_GATE]
-            )
+            gated += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
         gates = dict(zip(learning, gated, strict=True))
         self.lent = [(*place, gates[id(place[2])]) for place in held if id(place[2]) in gates]
         for home, key, _, alias in self.lent:
@@ -88,17 +96,28 @@ class _Swap:
 
 
 class Frozen(AbstractContextManager[None]):
-    """The context manager behind `freeze`; reusable and re-entrant, left in reverse order."""
+    """The context manager behind `freeze`; reusable and re-entrant, left in reverse order.
 
-    def __init__(self, target: object, patterns: tuple[str | nn.Module, ...]) -> None:
-        self.target, self.patterns = target, patterns
+    Args:
+        target: a module, or what has one as `.module`.
+        patterns: of the parameters that are lent their aliases.
+        gate: makes the aliases of a small group; called with gradients on or off, as at the entry.
+    """
+
+    def __init__(
+        self,
+        target: object,
+        patterns: tuple[str | nn.Module, ...],
+        gate: Gate = drop_gradients,
+    ) -> None:
+        self.target, self.patterns, self.gate = target, patterns, gate
         self.entered: list[tuple[list[_Swap], list[RemovableHandle]]] = []
 
     def __enter__(self) -> None:
         slots = _select(_slots(_module_of(self.target)), self.patterns)
         swaps, hooks = [], []
         for unit in dict.fromkeys(slot.unit for slot in slots):
-            swap = _Swap([slot for slot in slots if slot.unit is unit])
+            swap = _Swap([slot for slot in slots if slot.unit is unit], self.gate)
             swaps.append(swap)
             if unit is None:
                 swap.lend()
