@@ -19,8 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = {"torch", "einops", "jaxtyping"}
 # From the bottom up; a file may import from the layers below its own, and from nothing else here.
 LAYERS = (
-    {"_types", "_gate"},
-    {"_checks", "_precision"},
+    {"_types", "_selection"},
+    {"_checks", "_precision", "_gate"},
     {"_reduce", "_config", "schedules", "kernels", "pool"},
     {"text_process", "latent_process", "times", "denoiser", "gradient_policy"},
     {"text_bridges"},
