@@ -3,6 +3,7 @@ import gc
 import re
 import weakref
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -13,9 +14,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
+import cyclevae as cv
 from cyclevae._gate import Frozen
 from cyclevae.gradient_policy import GradientPolicy, detach, freeze, refuse_reentrant
-from cyclevae.testing import assert_frozen, assert_learns
+from cyclevae.options import TERMS
+from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
 
 VOCAB, WIDTH, LENGTH = 7, 4, 3
 
@@ -510,6 +513,115 @@ def test_reentrant_checkpointing_before_the_bridge_is_allowed():
     refuse_reentrant([logits, torch.zeros(1)], bridge=bridge)
     with pytest.raises(RuntimeError, match="reentrant"):
         refuse_reentrant([logits])
+
+
+class Checkpointed(ToyNetwork):
+    """The toy network with both heads, or one of them, under reentrant checkpointing."""
+
+    def __init__(self, *names):
+        super().__init__(vocab_size=7, latent_dim=4)
+        for name in names:
+            head = getattr(self, name)
+            head.forward = partial(checkpoint, head.forward, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # of checkpoint, in a pass without a graph
+@pytest.mark.parametrize("head", ["text_head", "latent_head"])
+@pytest.mark.parametrize("frozen", ["freeze", "freeze_bridge"])
+@pytest.mark.parametrize("direction", ["text", "latent", "marginal"])
+def test_losses_refuse_reentrant_checkpointing_in_the_pass_that_they_freeze(
+    direction, frozen, head
+):
+    torch.manual_seed(0)
+    denoiser, (_, text, latent) = cv.as_denoiser(Checkpointed(head)), toy_denoiser()
+    policy = GradientPolicy("full", **{frozen: ("shared.*",)})
+    batch = toy_batch()
+    processes = {"text_process": text, "latent_process": latent}
+
+    def loss():
+        if direction == "text":
+            return cv.cycle_text_loss(denoiser, *batch[:2], policy=policy, **processes)
+        if direction == "latent":
+            return cv.cycle_latent_loss(
+                denoiser,
+                batch.latents,
+                batch.attention_mask,
+                bridge="soft",
+                policy=policy,
+                **processes,
+            )
+        weights = {f"{term}_weight": 0.0 for term in TERMS} | {"text_marginal_weight": 1.0}
+        objective = cv.CycleObjective(
+            **processes, **weights, text_bridge="soft", latent_policy=policy
+        )
+        return objective(denoiser, batch, step=0).loss
+
+    bridge_head = {"text": "latent_head"}.get(direction, "text_head")
+    in_that_pass = (frozen == "freeze_bridge") == (head == bridge_head)
+    # the text marginal reads the pseudo-text by the text head, and `freeze` is not about that pass
+    if in_that_pass and (direction, frozen) != ("marginal", "freeze"):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            loss()
+    else:
+        loss()
+
+
+def python_alias(model, x):
+    return nn.functional.linear(x, model.alias[0])
+
+
+def functional(model, x):
+    parameters = {"weight": model.alias[0], "bias": model.inner.bias}
+    return torch.func.functional_call(model.inner, parameters, (x,))
+
+
+def of_the_module(model, x):
+    return model.inner(x)
+
+
+class Aliased(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.alias, self.run = [self.inner.weight], run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize("run", [python_alias, functional])
+def test_the_probe_names_what_leaks(run):
+    model, x = Aliased(run), torch.ones(2, WIDTH, requires_grad=True)
+    with freeze(model) as frozen:
+        loss = model(x).sum()
+    with pytest.raises(RuntimeError, match=r"would learn from `loss`: 'inner.weight'\. .*alias.*"):
+        frozen.probe(loss)
+    with pytest.raises(AssertionError, match="would learn"):
+        assert_frozen(loss, model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_probe_finds_nothing_where_nothing_leaks():
+    model, x = Aliased(of_the_module), torch.ones(2, WIDTH, requires_grad=True)
+    model.inner.bias.requires_grad_(False)
+    with freeze(model) as frozen:
+        loss = model(x).sum()
+    frozen.probe(loss)
+    frozen.probe(loss)  # the graph is kept
+    with pytest.raises(RuntimeError, match=r"'inner.weight'\. .* `loss` holds a pass outside"):
+        frozen.probe(loss + model(x).sum())
+
+
+def test_the_probe_says_what_is_wrong():
+    model = toy(use_reentrant=True)
+    with freeze(model) as frozen:
+        loss = model(data()[1].requires_grad_(), "l2t").sum()
+        with pytest.raises(ValueError, match="after the context has ended"):
+            frozen.probe(loss)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        frozen.probe(loss)
+    with pytest.raises(ValueError, match="has no graph"):
+        frozen.probe(loss.detach())
 
 
 def test_recurrent_layers_are_refused():

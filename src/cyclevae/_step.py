@@ -18,7 +18,7 @@ from cyclevae.bridges import pseudo_text
 from cyclevae.contrastive import infonce_loss, same_text
 from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
 from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refuse_reentrant
 from cyclevae.latent_bridges import encode_text
 from cyclevae.options import READ_A_BRIDGE, highest
 from cyclevae.passes import draw_noise, l2t, t2l
@@ -127,6 +127,8 @@ class Step(NamedTuple):
         given = {**self._processes(), "generator": self.generator}
         y_hat = None
         if self._runs("text_marginal"):
+            if o.latent_policy.freeze_bridge:
+                refuse_reentrant([logits])
             y_hat = pseudo_text(
                 logits,
                 mask,
