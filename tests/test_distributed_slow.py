@@ -163,6 +163,71 @@ def test_ddp_around_the_network_with_a_frozen_part():
     run_ranks(ddp_denoiser_worker)
 
 
+def unused_worker(rank):
+    batch = shares()[1][rank]
+    denoiser = cv.as_denoiser(DistributedDataParallel(noiseless(), find_unused_parameters=True))
+    message = r"find_unused_parameters=True\), and this step runs several passes.*StepModule\("
+    with pytest.raises(ValueError, match=message):
+        EXACT(denoiser, batch, step=0)
+    with torch.no_grad():
+        EXACT(denoiser, batch, step=0)
+    # What is refused is what PyTorch fails at, and the cures work.
+    with pytest.raises(RuntimeError, match=r"ready (twice|only once)"):
+        losses(denoiser, batch).backward()
+    losses(cv.as_denoiser(DistributedDataParallel(noiseless())), batch).backward()
+    # The unconditional pass, the last one, reaches every parameter.
+    last = replace(EXACT, unconditional_weight=1.0)
+    fresh = cv.as_denoiser(DistributedDataParallel(noiseless(), find_unused_parameters=True))
+    for _ in range(2):
+        last(fresh, batch, step=0).loss.backward()
+
+
+def losses(denoiser, batch):
+    """Two passes by hand, the encoder first: the last does not reach the latent head."""
+    texts = batch.tokens, batch.attention_mask
+    processes = {"text_process": TEXT, "latent_process": LATENT}
+    options = {"policy": cv.GradientPolicy("full"), "noise": torch.zeros_like(batch.latents)}
+    z_hat = cv.encode_text(denoiser, *texts, **options, **processes)
+    return z_hat.square().sum() + cv.cycle_text_loss(denoiser, *texts, z_hat=z_hat, **processes)
+
+
+def test_ddp_around_the_network_that_looks_for_unused_parameters_is_refused():
+    run_ranks(unused_worker)
+
+
+def static_worker(rank, wrapped):
+    """A plan that never changes, frozen parts, and accumulation from the second step on."""
+    batch, policy = shares()[1][rank], cv.GradientPolicy(freeze=("text_head.*",))
+    objective = replace(EXACT, text_policy=policy)
+    denoiser = cv.as_denoiser(noiseless())
+    if wrapped == "step":
+        ddp = run = DistributedDataParallel(cv.StepModule(denoiser, objective), static_graph=True)
+    else:
+        ddp = DistributedDataParallel(denoiser.module, static_graph=True)
+
+        def run(batch, step, counts):
+            return objective(cv.as_denoiser(ddp), batch, step=step, counts=counts)
+
+    for step in range(3):
+        counts = global_counts(batch, objective=objective)
+        ddp.zero_grad()
+        run(batch, step, counts=counts).loss.backward()
+        gradients = {name: p.grad for name, p in denoiser.module.named_parameters()}
+        assert_joined(gradients, objective)
+    counts = global_counts(batch, steps=2, objective=objective)
+    ddp.zero_grad()
+    with ddp.no_sync():
+        run(batch, 3, counts=counts).loss.backward()
+    run(batch, 3, counts=counts).loss.backward()
+    gradients = {name: p.grad for name, p in denoiser.module.named_parameters()}
+    assert_joined(gradients, objective)
+
+
+@pytest.mark.parametrize("wrapped", ["step", "network"])
+def test_ddp_with_a_static_graph_and_a_constant_plan(wrapped):
+    run_ranks(static_worker, wrapped)
+
+
 # FSDP2
 
 

@@ -17,7 +17,7 @@ from cyclevae.batch import Arranged, Texts, pick_rows, stack_masks
 from cyclevae.bridges import pseudo_text
 from cyclevae.contrastive import infonce_loss, same_text
 from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
-from cyclevae.denoiser import Denoiser
+from cyclevae.denoiser import Denoiser, refuse_unused
 from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refuse_reentrant
 from cyclevae.latent_bridges import encode_text
 from cyclevae.options import READ_A_BRIDGE, highest
@@ -79,6 +79,9 @@ class Step(NamedTuple):
             raise ValueError("InfoNCE compares pairs: give at least 2, or set its weight to 0")
         for policy in (o.text_policy, o.latent_policy):
             check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
+        # the unconditional pass is the last one, and asks for both heads
+        if not self._runs("unconditional") and o.passes(self.step) > 1:
+            refuse_unused(self.denoiser)
         if self._runs(*READ_A_BRIDGE):
             o.latent_process.refuse_ill_conditioned(highest(o.bridge_time, self.step))
 
