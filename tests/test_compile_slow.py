@@ -125,3 +125,27 @@ def test_moving_weights_recompile_only_where_a_term_switches_on(weight, expected
             recompiled.add(step)
         before = counter.frame_count
     assert recompiled == expected
+
+
+PLANS = {
+    "in turn": recipe({"p_dual": 0.5}),
+    "every other step": recipe({"cycle_every": 2}),
+    "phases": cv.phases(recipe({}), latent_cycle_from=3, full_gradient_from=6),
+    "moving cap": recipe(RECIPES["moving cap"]),
+}
+
+
+@pytest.mark.parametrize("objective", PLANS.values(), ids=PLANS)
+def test_a_plan_compiles_once(objective):
+    """Once more at step 1, where dynamo learns that the step moves."""
+    module = cv.StepModule(DENOISER, objective)
+    (fast, counter), parameters = compiled(module), list(module.parameters())
+    plans = set()
+    for step in range(9):
+        torch.testing.assert_close(
+            result(fast, parameters, toy_batch(), step),
+            result(module, parameters, toy_batch(), step),
+        )
+        at = objective.at(step) if isinstance(objective, cv.Phases) else objective
+        plans.add((tuple(at.weights(step)), at.text_policy, at.latent_policy))
+    assert counter.frame_count <= len(plans) + 1
