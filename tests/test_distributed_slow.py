@@ -228,6 +228,18 @@ def test_ddp_with_a_static_graph_and_a_constant_plan(wrapped):
     run_ranks(static_worker, wrapped)
 
 
+def static_first_step_worker(rank):
+    """PyTorch's own limit, not of `freeze`: it learns the graph from a step that synchronises."""
+    module = cv.StepModule(cv.as_denoiser(noiseless()), EXACT)
+    ddp = DistributedDataParallel(module, static_graph=True)
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"), ddp.no_sync():
+        ddp(shares()[1][rank], 0).loss.backward()
+
+
+def test_a_static_graph_must_synchronise_its_first_step():
+    run_ranks(static_first_step_worker)
+
+
 # FSDP2
 
 

@@ -2,6 +2,7 @@ import copy
 import gc
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import cyclevae as cv
 from cyclevae._gate import Frozen
@@ -234,6 +236,99 @@ def test_weight_read_by_another_module():
     assert_frozen(y.sum(), [model.table.weight])
     assert_learns(y.sum(), [x])
     assert_learns(reader(x).sum(), [model.table.weight])
+
+
+def test_weight_read_by_an_autograd_function():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            return gradient @ weight, gradient.T @ x
+
+    class Fused(nn.Linear):
+        def forward(self, x):
+            return Product.apply(x, self.weight) + self.bias
+
+    torch.manual_seed(0)
+    fused, plain = Fused(3, 2).double(), nn.Linear(3, 2).double()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    grads = []
+    for layer in (fused, plain):
+        z = x.clone().requires_grad_()
+        with freeze(layer, "weight"):
+            frozen = layer(z)
+        (frozen.square().sum() + layer(2 * z).square().sum()).backward()
+        grads.append({"z": z.grad, **gradients(layer)})
+    assert_same(*grads)
+    normal = torch.autograd.grad(plain(2 * x).square().sum(), plain.weight)[0]
+    assert_same({"weight": fused.weight.grad}, {"weight": normal})
+
+
+def test_parametrized_weights_are_frozen_by_their_originals():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.ones(1, 2)
+    with freeze(model, "0.*") as frozen:
+        loss = model(x).square().sum()
+    frozen.probe(loss)
+    assert_learns(loss, model[1].parameters())
+    assert_learns(model(x).square().sum(), model[0].parameters())
+    with freeze(model, "0.parametrizations.weight.original0"):
+        loss = model(x).square().sum()
+    (scale, direction) = model[0].parametrizations.weight.parameters()
+    assert_frozen(loss, [scale])
+    assert_learns(loss, [direction, model[0].bias])
+    # A cached weight is an alias: what was computed outside leaks, and the probe says so.
+    with nn.utils.parametrize.cached():
+        model(x)
+        with freeze(model, "0.*") as frozen:
+            loss = model(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"'0\.parametrizations\.weight\.original0', "):
+        frozen.probe(loss)
+
+
+def test_another_thread_sees_the_frozen_parameters():
+    """The swap is in the module, which all threads share; what ran before or after learns."""
+    model, x = toy(), data()[1]
+    with ThreadPoolExecutor(1) as pool:
+        with freeze(model, "blocks.*"):
+            meanwhile = pool.submit(model, x, "l2t").result()
+        after = pool.submit(model, x, "l2t").result()
+    assert_frozen(meanwhile.sum(), model.blocks.parameters())
+    assert_learns(meanwhile.sum(), model.from_latent.parameters())
+    assert_learns(after.sum(), model.blocks.parameters())
+
+
+@pytest.mark.parametrize("patterns", [(), ("blocks.*",)])
+def test_a_frozen_pass_saves_and_computes_what_a_normal_one_does(patterns):
+    """Equal saved tensors are what makes recomputation exact; freezing saves no work."""
+
+    def cost(context):
+        saved = {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        model, z = toy(), data()[1].requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context(model):
+            loss = cross_entropy(model(z, "l2t"), data()[0])
+        with FlopCounterMode(display=False) as flops:
+            loss.backward()
+        return sum(saved.values()), flops.get_total_flops()
+
+    normal = cost(lambda _: nullcontext())
+    assert cost(lambda model: freeze(model, *patterns)) == normal
+    assert min(normal) > 0
+    # The counters can tell: without grad for the parameters there is less of both.
+    toggled = cost(lambda model: nullcontext(model.requires_grad_(False)))
+    assert all(less < usual for less, usual in zip(toggled, normal, strict=True))
 
 
 def test_shared_module_is_frozen_by_either_path():
