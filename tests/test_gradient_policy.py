@@ -18,7 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cyclevae as cv
 from cyclevae._gate import Frozen
-from cyclevae.gradient_policy import GradientPolicy, detach, freeze, refuse_reentrant
+from cyclevae.gradient_policy import (
+    GradientPolicy,
+    detach,
+    freeze,
+    gate_params,
+    refuse_reentrant,
+)
 from cyclevae.options import TERMS
 from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
 
@@ -694,6 +700,44 @@ def test_the_probe_names_what_leaks(run):
     with pytest.raises(AssertionError, match="would learn"):
         assert_frozen(loss, model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_gated_parameters_for_functional_call():
+    model, twin = toy(), toy()
+    chosen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if "blocks" not in n}
+    gated = gate_params(chosen)
+    assert gated["head.weight"] is gated["table.weight"] and gated["head.weight"].requires_grad
+    z = data()[1].requires_grad_()
+    with freeze(model, "blocks.0.*"):  # and freeze acts on what is not given
+        logits = torch.func.functional_call(model, gated, (z, "l2t"))
+    learning = {name for name in BLOCKS if ".1." in name}
+    (logits.square().sum() + supervised(model, *data())).backward()
+    logits = twin(z.detach(), "l2t")
+    wanted = [twin.get_parameter(name) for name in sorted(learning)]
+    added = torch.autograd.grad(logits.square().sum(), wanted)
+    supervised(twin, *data()).backward()
+    for parameter, gradient in zip(wanted, added, strict=True):
+        parameter.grad += gradient
+    assert_same(gradients(model), gradients(twin))
+    assert z.grad.any()
+
+
+def test_gated_parameters_under_the_transforms_of_functorch():
+    layer, x = nn.Linear(2, 2).double(), torch.randn(3, 2, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        hidden = torch.func.functional_call(layer, parameters, x)
+        return torch.func.functional_call(layer, gate_params(parameters), hidden).square().sum()
+
+    actual = torch.func.grad(loss)(parameters, x)
+    with_freeze = layer(x)
+    with freeze(layer):
+        with_freeze = layer(with_freeze)
+    with_freeze.square().sum().backward()
+    assert_same(actual, gradients(layer))
+    rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    assert_same({name: g.sum(0) for name, g in rows.items()}, actual)
 
 
 def test_the_probe_finds_nothing_where_nothing_leaks():

@@ -41,6 +41,24 @@ class _Gate(torch.autograd.Function):
         return (None,) * len(gradients)
 
 
+class FunctionalGate(torch.autograd.Function):
+    """The same for one tensor, under the transforms of `torch.func` too; it costs more Python."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> None:
+        return None
+
+
 def drop_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gate of `freeze`: aliases that require grad and pass none on."""
     aliases: tuple[Tensor, ...] = _Gate.apply(*parameters)  # type: ignore[no-untyped-call]

@@ -4,15 +4,15 @@ Toggling `requires_grad` would be silently wrong under activation checkpointing 
 `freeze` lends the modules aliases of their parameters that stop the gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cyclevae._gate import Frozen
+from cyclevae._gate import Frozen, FunctionalGate
 from cyclevae._gate import refuse_reentrant as refuse_reentrant
 
 
@@ -111,8 +111,8 @@ def freeze(target: object, *patterns: str | nn.Module) -> Frozen:
     Names are resolved at every entry, without the prefixes of wrappers (DDP's `module.`,
     `_orig_mod.`). A tied parameter is frozen wherever it is used. The swap is seen by every thread.
     It cannot hold where a pass bypasses the modules: reentrant checkpointing, which
-    `refuse_reentrant` finds, and the losses refuse; `functional_call`, or a list that holds
-    parameters; an FSDP2 unit entered by another method than its call. `with freeze(...) as frozen:`
+    `refuse_reentrant` finds, and the losses refuse; `functional_call`, for which there is
+    `gate_params`; a list that holds parameters; an FSDP2 unit entered by another method than its call. `with freeze(...) as frozen:`
     gives a handle whose `frozen.probe(loss)` finds any leak, and so does
     `cyclevae.testing.assert_frozen`.
     Inside, do not move the module, load its state, or hand `.parameters()` to anything.
@@ -145,6 +145,29 @@ def freeze(target: object, *patterns: str | nn.Module) -> Frozen:
         >>> frozen.probe(y.sum())
     """
     return Frozen(target, patterns)
+
+
+def gate_params(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Aliases that get no gradient, to give to `torch.func.functional_call`.
+
+    What that is given overrides `freeze`. The aliases still require grad, and gradient flows
+    through them to everything else, under the transforms of `torch.func` too. Tied tensors stay
+    tied.
+
+    Args:
+        parameters: by name, such as those of `module.named_parameters()` that are to be frozen.
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.func.functional_call.html
+
+    Examples:
+        >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+        >>> frozen = gate_params(dict(layer.named_parameters()))
+        >>> torch.func.functional_call(layer, frozen, x).sum().backward()
+        >>> x.grad is None, layer.weight.grad is None
+        (False, True)
+    """
+    gated = {id(p): FunctionalGate.apply(p) for p in parameters.values()}  # type: ignore[no-untyped-call]
+    return {name: gated[id(p)] for name, p in parameters.items()}
 
 
 def detach() -> AbstractContextManager[None]:
