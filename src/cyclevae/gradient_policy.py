@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cyclevae._gate import Frozen, FunctionalGate
+from cyclevae._gate import Frozen as Frozen
+from cyclevae._gate import FunctionalGate
 from cyclevae._gate import refuse_reentrant as refuse_reentrant
 
 
@@ -111,10 +112,10 @@ def freeze(target: object, *patterns: str | nn.Module) -> Frozen:
     Names are resolved at every entry, without the prefixes of wrappers (DDP's `module.`,
     `_orig_mod.`). A tied parameter is frozen wherever it is used. The swap is seen by every thread.
     It cannot hold where a pass bypasses the modules: reentrant checkpointing, which
-    `refuse_reentrant` finds, and the losses refuse; `functional_call`, for which there is
-    `gate_params`; a list that holds parameters; an FSDP2 unit entered by another method than its call. `with freeze(...) as frozen:`
-    gives a handle whose `frozen.probe(loss)` finds any leak, and so does
-    `cyclevae.testing.assert_frozen`.
+    `refuse_reentrant` finds and the losses refuse; `functional_call`, for which there is
+    `gate_params`; a list that holds parameters; an FSDP2 unit entered by another method than its
+    call. `with freeze(...) as frozen:` gives a handle, and `frozen.probe(loss)` then finds any
+    leak, as `cyclevae.testing.assert_frozen` does.
     Inside, do not move the module, load its state, or hand `.parameters()` to anything.
 
     Args:
