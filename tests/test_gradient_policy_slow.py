@@ -345,8 +345,10 @@ def fsdp_part_worker(rank):
     model = shard(toy(), per_block=True)
     with pytest.raises(ValueError, match=r"'weight' is a DTensor .* given to fully_shard"):
         freeze(model.blocks[0].mix).__enter__()
-    with freeze(model.blocks[0], "mix.*"):
+    with freeze(model.blocks[0], "mix.*") as frozen:
         logits = model(data(rank)[1], "l2t")
+    with pytest.raises(ValueError, match="probe the model before fully_shard"):
+        frozen.probe(logits.sum())
     with pytest.raises(ValueError, match="test the model before fully_shard"):
         assert_frozen(logits.sum(), model.blocks[0].mix.parameters())
     logits.sum().backward()
