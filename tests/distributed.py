@@ -22,6 +22,7 @@ def _enter(rank, worker, world_size, init, arguments):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
     try:
         worker(rank, *arguments)
+        dist.barrier()  # a rank that left early would abort the collectives of the others
     finally:
         dist.destroy_process_group()
 

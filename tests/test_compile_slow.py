@@ -4,14 +4,15 @@ The draws inside a compiled step come from the global random state, since dynamo
 """
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cyclevae as cv
+from cyclevae._prior import reads_teacher
 from cyclevae.testing import toy_batch, toy_denoiser
+from recipes import FROZEN, RECIPES, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -49,32 +50,18 @@ def assert_same_as_eager(function, parameters, *arguments, **options):
 
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
-FULL = cv.GradientPolicy("full", freeze=("word.*", "text_head.*"), freeze_bridge=("shared.*",))
-STEPS = {
-    "default": {},
-    "categorical": {"text_bridge": "categorical", "prior": "moment", "prior_weight": 1.0},
-    "policy": {"text_policy": FULL, "latent_policy": cv.GradientPolicy(freeze=("times.*",))},
-    "predicted end": {"text_process": replace(TEXT, end_id=3, end="predicted")},
-    "placed ends": {"text_process": replace(TEXT, start_id=4, end_id=3)},
-    "capped epsilon": {
-        "latent_process": cv.LatentProcess(prediction="epsilon", shape=(4,)),
-        "bridge_time": 0.9,
-        "base_latent_time": None,
-    },
-    "x0 of a continuous schedule": {
-        "latent_process": cv.LatentProcess("continuous_cosine", prediction="x0", shape=(4,)),
-        "show_latent": True,
-        "prior_weight": 0.1,
-    },
-}
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+# Step 3 of each kind of objective.
+@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
 def test_a_step_compiles_to_one_graph(options):
-    objective = cv.CycleObjective(**{"text_process": TEXT, "latent_process": LATENT} | options)
-    module = cv.StepModule(DENOISER, objective)
-    counts = {name: count / 2 for name, count in objective.counts(toy_batch()).items()}
-    assert_same_as_eager(module, module.parameters(), toy_batch(), 0, counts=counts)
+    objective = recipe(options)
+    teacher = cv.Teacher(DENOISER.module) if reads_teacher(objective.prior) else None
+    module = cv.StepModule(DENOISER, objective, teacher)
+    batch = toy_batch(rows=4)
+    counts = {name: count / 2 for name, count in objective.counts(batch).items()}
+    parameters = DENOISER.module.parameters()
+    assert_same_as_eager(module, parameters, batch, 3, counts=counts)
 
 
 def test_a_denoiser_of_a_compiled_network_runs_compiled():
@@ -94,7 +81,7 @@ def test_a_denoiser_of_a_compiled_network_runs_compiled():
     assert len(calls) == objective.passes(0) == 5
 
 
-@pytest.mark.parametrize("policy", [cv.GradientPolicy(), FULL], ids=["detach", "full"])
+@pytest.mark.parametrize("policy", [cv.GradientPolicy(), FROZEN], ids=["detach", "full"])
 def test_the_text_cycle_compiles(policy):
     batch = toy_batch()
 
@@ -138,3 +125,27 @@ def test_moving_weights_recompile_only_where_a_term_switches_on(weight, expected
             recompiled.add(step)
         before = counter.frame_count
     assert recompiled == expected
+
+
+PLANS = {
+    "in turn": recipe({"p_dual": 0.5}),
+    "every other step": recipe({"cycle_every": 2}),
+    "phases": cv.phases(recipe({}), latent_cycle_from=3, full_gradient_from=6),
+    "moving cap": recipe(RECIPES["moving cap"]),
+}
+
+
+@pytest.mark.parametrize("objective", PLANS.values(), ids=PLANS)
+def test_a_plan_compiles_once(objective):
+    """Once more at step 1, where dynamo learns that the step moves."""
+    module = cv.StepModule(DENOISER, objective)
+    (fast, counter), parameters = compiled(module), list(module.parameters())
+    plans = set()
+    for step in range(9):
+        torch.testing.assert_close(
+            result(fast, parameters, toy_batch(), step),
+            result(module, parameters, toy_batch(), step),
+        )
+        at = objective.at(step) if isinstance(objective, cv.Phases) else objective
+        plans.add((tuple(at.weights(step)), at.text_policy, at.latent_policy))
+    assert counter.frame_count <= len(plans) + 1

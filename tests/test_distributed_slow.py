@@ -94,6 +94,62 @@ def test_ddp_around_the_network_with_a_frozen_part():
     check_ranks(makes(**FROZEN), PARTS[:2], wrap=ddp_network)
 
 
+STATIC = partial(DistributedDataParallel, static_graph=True)
+
+
+def settled(module):
+    """A static graph is learned in a step that synchronises; accumulation may come then."""
+    ddp = STATIC(module)
+    ddp(batch(2, 1, 1), 0).loss.backward()
+    return ddp
+
+
+def static_network(module):
+    denoiser = cv.as_denoiser(STATIC(module.network))
+    return cv.StepModule(denoiser, module.objective)
+
+
+@pytest.mark.parametrize(
+    ("parts", "wrap"), [(FIRST_STEP, STATIC), (PARTS, settled), (FIRST_STEP, static_network)]
+)
+def test_a_static_graph_with_a_constant_plan_and_a_frozen_part(parts, wrap):
+    check_ranks(makes(**FROZEN), parts[:2], wrap=wrap)
+
+
+def test_a_static_graph_must_synchronise_its_first_step():
+    """PyTorch's own limit, not of `freeze`: it learns the graph from a step that synchronises."""
+    with pytest.raises(AssertionError, match=r"rank \d failed:(.|\n)*INTERNAL ASSERT"):
+        check_ranks(makes(), PARTS[:2], wrap=STATIC)
+
+
+def unused_worker(rank):
+    mine = PARTS[rank][0]
+    objective = makes(unconditional_weight=0.0)().objective
+    denoiser = cv.as_denoiser(FINDS_UNUSED(network().float()))
+    message = r"find_unused_parameters=True\), and this step runs several passes.*StepModule\("
+    with pytest.raises(ValueError, match=message):
+        objective(denoiser, mine, step=0)
+    with torch.no_grad():
+        objective(denoiser, mine, step=0)
+    # What is refused is what PyTorch fails at, and the cure works.
+    with pytest.raises(RuntimeError, match=r"ready (twice|only once)"):
+        two_passes(denoiser, mine).backward()
+    two_passes(cv.as_denoiser(DistributedDataParallel(network().float())), mine).backward()
+
+
+def two_passes(denoiser, mine):
+    """By hand, the encoder first: the last pass does not reach the latent head."""
+    texts = mine.tokens, mine.attention_mask
+    options = {"text_process": TEXT, "latent_process": LATENT}
+    options["policy"] = cv.GradientPolicy("full")
+    z_hat = cv.encode_text(denoiser, *texts, **options)
+    return z_hat.square().sum() + cv.cycle_text_loss(denoiser, *texts, z_hat=z_hat, **options)
+
+
+def test_ddp_around_the_network_that_looks_for_unused_parameters_is_refused():
+    run_ranks(unused_worker)
+
+
 def shard(network):
     from torch.distributed.fsdp import fully_shard
 

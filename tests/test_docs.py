@@ -133,6 +133,16 @@ def test_every_public_name_has_a_docstring_with_an_example(name):
     assert re.search(r"^Examples:\n    >>> ", docstring, flags=re.MULTILINE), docstring
 
 
+def test_tests_that_a_page_names_are_in_their_file():
+    page = (ROOT / "docs" / "policies.md").read_text()
+    rows = re.findall(r"^\|.*\| `(test_\w+\.py)` \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(rows) > 20
+    for file, names in rows:
+        source = (ROOT / "tests" / file).read_text()
+        for name in re.findall(r"`(test_\w+)`", names):
+            assert f"\ndef {name}(" in source, (file, name)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_between_pages_lead_somewhere(path):
     """`mkdocs build --strict` checks this too, and anchors; this needs no mkdocs."""

@@ -2,7 +2,9 @@ import copy
 import gc
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -12,9 +14,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from cyclevae.gradient_policy import GradientPolicy, detach, freeze, refuse_reentrant
-from cyclevae.testing import assert_frozen, assert_learns
+import cyclevae as cv
+from cyclevae._gate import Frozen
+from cyclevae.gradient_policy import (
+    GradientPolicy,
+    detach,
+    freeze,
+    gate_params,
+    refuse_reentrant,
+)
+from cyclevae.options import TERMS
+from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
 
 VOCAB, WIDTH, LENGTH = 7, 4, 3
 
@@ -230,6 +242,99 @@ def test_weight_read_by_another_module():
     assert_frozen(y.sum(), [model.table.weight])
     assert_learns(y.sum(), [x])
     assert_learns(reader(x).sum(), [model.table.weight])
+
+
+def test_weight_read_by_an_autograd_function():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            return gradient @ weight, gradient.T @ x
+
+    class Fused(nn.Linear):
+        def forward(self, x):
+            return Product.apply(x, self.weight) + self.bias
+
+    torch.manual_seed(0)
+    fused, plain = Fused(3, 2).double(), nn.Linear(3, 2).double()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    grads = []
+    for layer in (fused, plain):
+        z = x.clone().requires_grad_()
+        with freeze(layer, "weight"):
+            frozen = layer(z)
+        (frozen.square().sum() + layer(2 * z).square().sum()).backward()
+        grads.append({"z": z.grad, **gradients(layer)})
+    assert_same(*grads)
+    normal = torch.autograd.grad(plain(2 * x).square().sum(), plain.weight)[0]
+    assert_same({"weight": fused.weight.grad}, {"weight": normal})
+
+
+def test_parametrized_weights_are_frozen_by_their_originals():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.ones(1, 2)
+    with freeze(model, "0.*") as frozen:
+        loss = model(x).square().sum()
+    frozen.probe(loss)
+    assert_learns(loss, model[1].parameters())
+    assert_learns(model(x).square().sum(), model[0].parameters())
+    with freeze(model, "0.parametrizations.weight.original0"):
+        loss = model(x).square().sum()
+    (scale, direction) = model[0].parametrizations.weight.parameters()
+    assert_frozen(loss, [scale])
+    assert_learns(loss, [direction, model[0].bias])
+    # A cached weight is an alias: what was computed outside leaks, and the probe says so.
+    with nn.utils.parametrize.cached():
+        model(x)
+        with freeze(model, "0.*") as frozen:
+            loss = model(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"'0\.parametrizations\.weight\.original0', "):
+        frozen.probe(loss)
+
+
+def test_another_thread_sees_the_frozen_parameters():
+    """The swap is in the module, which all threads share; what ran before or after learns."""
+    model, x = toy(), data()[1]
+    with ThreadPoolExecutor(1) as pool:
+        with freeze(model, "blocks.*"):
+            meanwhile = pool.submit(model, x, "l2t").result()
+        after = pool.submit(model, x, "l2t").result()
+    assert_frozen(meanwhile.sum(), model.blocks.parameters())
+    assert_learns(meanwhile.sum(), model.from_latent.parameters())
+    assert_learns(after.sum(), model.blocks.parameters())
+
+
+@pytest.mark.parametrize("patterns", [(), ("blocks.*",)])
+def test_a_frozen_pass_saves_and_computes_what_a_normal_one_does(patterns):
+    """Equal saved tensors are what makes recomputation exact; freezing saves no work."""
+
+    def cost(context):
+        saved = {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        model, z = toy(), data()[1].requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context(model):
+            loss = cross_entropy(model(z, "l2t"), data()[0])
+        with FlopCounterMode(display=False) as flops:
+            loss.backward()
+        return sum(saved.values()), flops.get_total_flops()
+
+    normal = cost(lambda _: nullcontext())
+    assert cost(lambda model: freeze(model, *patterns)) == normal
+    assert min(normal) > 0
+    # The counters can tell: without grad for the parameters there is less of both.
+    toggled = cost(lambda model: nullcontext(model.requires_grad_(False)))
+    assert all(less < usual for less, usual in zip(toggled, normal, strict=True))
 
 
 def test_shared_module_is_frozen_by_either_path():
@@ -456,6 +561,36 @@ def test_nothing_keeps_the_module_alive():
     assert reference() is None
 
 
+# Another gate than the one of `freeze`.
+
+
+class Halve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *parameters):
+        return tuple([parameter.detach() for parameter in parameters])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return tuple([gradient / 2 for gradient in gradients])
+
+
+def test_a_gate_of_ones_own_decides_about_the_gradient():
+    model, whole = toy(), toy()
+    supervised(whole, *data()).backward()
+    groups = []
+
+    def gate(parameters):
+        groups.append(len(parameters))
+        return Halve.apply(*parameters)
+
+    with Frozen(model, ("blocks.*",), gate):
+        loss = supervised(model, *data())
+    loss.backward()
+    assert sum(groups) == len(BLOCKS)
+    halved = {n: p.grad / (1 + (n in BLOCKS)) for n, p in whole.named_parameters()}
+    assert_same(gradients(model), halved)
+
+
 # What cannot be exact is refused.
 
 
@@ -479,6 +614,153 @@ def test_reentrant_checkpointing_before_the_bridge_is_allowed():
     refuse_reentrant([logits, torch.zeros(1)], bridge=bridge)
     with pytest.raises(RuntimeError, match="reentrant"):
         refuse_reentrant([logits])
+
+
+class Checkpointed(ToyNetwork):
+    """The toy network with both heads, or one of them, under reentrant checkpointing."""
+
+    def __init__(self, *names):
+        super().__init__(vocab_size=7, latent_dim=4)
+        for name in names:
+            head = getattr(self, name)
+            head.forward = partial(checkpoint, head.forward, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # of checkpoint, in a pass without a graph
+@pytest.mark.parametrize("head", ["text_head", "latent_head"])
+@pytest.mark.parametrize("frozen", ["freeze", "freeze_bridge"])
+@pytest.mark.parametrize("direction", ["text", "latent", "marginal"])
+def test_losses_refuse_reentrant_checkpointing_in_the_pass_that_they_freeze(
+    direction, frozen, head
+):
+    torch.manual_seed(0)
+    denoiser, (_, text, latent) = cv.as_denoiser(Checkpointed(head)), toy_denoiser()
+    policy = GradientPolicy("full", **{frozen: ("shared.*",)})
+    batch = toy_batch()
+    processes = {"text_process": text, "latent_process": latent}
+
+    def loss():
+        if direction == "text":
+            return cv.cycle_text_loss(denoiser, *batch[:2], policy=policy, **processes)
+        if direction == "latent":
+            return cv.cycle_latent_loss(
+                denoiser,
+                batch.latents,
+                batch.attention_mask,
+                bridge="soft",
+                policy=policy,
+                **processes,
+            )
+        weights = {f"{term}_weight": 0.0 for term in TERMS} | {"text_marginal_weight": 1.0}
+        objective = cv.CycleObjective(
+            **processes, **weights, text_bridge="soft", latent_policy=policy
+        )
+        return objective(denoiser, batch, step=0).loss
+
+    bridge_head = {"text": "latent_head"}.get(direction, "text_head")
+    in_that_pass = (frozen == "freeze_bridge") == (head == bridge_head)
+    # the text marginal reads the pseudo-text by the text head, and `freeze` is not about that pass
+    if in_that_pass and (direction, frozen) != ("marginal", "freeze"):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            loss()
+    else:
+        loss()
+
+
+def python_alias(model, x):
+    return nn.functional.linear(x, model.alias[0])
+
+
+def functional(model, x):
+    parameters = {"weight": model.alias[0], "bias": model.inner.bias}
+    return torch.func.functional_call(model.inner, parameters, (x,))
+
+
+def of_the_module(model, x):
+    return model.inner(x)
+
+
+class Aliased(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.alias, self.run = [self.inner.weight], run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize("run", [python_alias, functional])
+def test_the_probe_names_what_leaks(run):
+    model, x = Aliased(run), torch.ones(2, WIDTH, requires_grad=True)
+    with freeze(model) as frozen:
+        loss = model(x).sum()
+    with pytest.raises(RuntimeError, match=r"would learn from `loss`: 'inner.weight'\. .*alias.*"):
+        frozen.probe(loss)
+    with pytest.raises(AssertionError, match="would learn"):
+        assert_frozen(loss, model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gated_parameters_for_functional_call():
+    model, twin = toy(), toy()
+    chosen = {n: p for n, p in model.named_parameters(remove_duplicate=False) if "blocks" not in n}
+    gated = gate_params(chosen)
+    assert gated["head.weight"] is gated["table.weight"] and gated["head.weight"].requires_grad
+    z = data()[1].requires_grad_()
+    with freeze(model, "blocks.0.*"):  # and freeze acts on what is not given
+        logits = torch.func.functional_call(model, gated, (z, "l2t"))
+    learning = {name for name in BLOCKS if ".1." in name}
+    (logits.square().sum() + supervised(model, *data())).backward()
+    logits = twin(z.detach(), "l2t")
+    wanted = [twin.get_parameter(name) for name in sorted(learning)]
+    added = torch.autograd.grad(logits.square().sum(), wanted)
+    supervised(twin, *data()).backward()
+    for parameter, gradient in zip(wanted, added, strict=True):
+        parameter.grad += gradient
+    assert_same(gradients(model), gradients(twin))
+    assert z.grad.any()
+
+
+def test_gated_parameters_under_the_transforms_of_functorch():
+    layer, x = nn.Linear(2, 2).double(), torch.randn(3, 2, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        hidden = torch.func.functional_call(layer, parameters, x)
+        return torch.func.functional_call(layer, gate_params(parameters), hidden).square().sum()
+
+    actual = torch.func.grad(loss)(parameters, x)
+    with_freeze = layer(x)
+    with freeze(layer):
+        with_freeze = layer(with_freeze)
+    with_freeze.square().sum().backward()
+    assert_same(actual, gradients(layer))
+    rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    assert_same({name: g.sum(0) for name, g in rows.items()}, actual)
+
+
+def test_the_probe_finds_nothing_where_nothing_leaks():
+    model, x = Aliased(of_the_module), torch.ones(2, WIDTH, requires_grad=True)
+    model.inner.bias.requires_grad_(False)
+    with freeze(model) as frozen:
+        loss = model(x).sum()
+    frozen.probe(loss)
+    frozen.probe(loss)  # the graph is kept
+    with pytest.raises(RuntimeError, match=r"'inner.weight'\. .* `loss` holds a pass outside"):
+        frozen.probe(loss + model(x).sum())
+
+
+def test_the_probe_says_what_is_wrong():
+    model = toy(use_reentrant=True)
+    with freeze(model) as frozen:
+        loss = model(data()[1].requires_grad_(), "l2t").sum()
+        with pytest.raises(ValueError, match="after the context has ended"):
+            frozen.probe(loss)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        frozen.probe(loss)
+    with pytest.raises(ValueError, match="has no graph"):
+        frozen.probe(loss.detach())
 
 
 def test_recurrent_layers_are_refused():

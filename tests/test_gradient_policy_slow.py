@@ -1,5 +1,6 @@
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -145,23 +146,27 @@ class Trainer(nn.Module):
         return step(self.network, tokens, latents, freeze(self.network, *self.patterns))
 
 
-DDP_CASES = [
-    ("trainer", False, None),
-    ("trainer", False, False),
-    ("trainer", True, None),
-    ("trainer", True, False),
+DDP_CASES = [  # what is wrapped, find_unused_parameters, static_graph, use_reentrant
+    ("trainer", False, False, None),
+    ("trainer", False, False, False),
+    ("trainer", True, False, None),
+    ("trainer", True, False, False),
+    ("trainer", False, True, None),
+    ("trainer", False, True, False),
     # With find_unused_parameters=True, several calls of the wrapped network fail without freeze.
-    ("network", False, None),
-    ("network", False, False),
+    ("network", False, False, None),
+    ("network", False, False, False),
+    ("network", False, True, None),
+    ("network", False, True, False),
 ]
 
 
 def ddp_worker(rank):
     for case in DDP_CASES:
-        wrapped, find_unused, use_reentrant = case
+        wrapped, find_unused, static, use_reentrant = case
         original = toy(use_reentrant=use_reentrant)
         model = copy.deepcopy(original)
-        options = {"find_unused_parameters": find_unused}
+        options = {"find_unused_parameters": find_unused, "static_graph": static}
         batch = data(rank)
         if wrapped == "trainer":
             ddp = DistributedDataParallel(Trainer(model, "blocks.*", "head.*"), **options)
@@ -295,12 +300,55 @@ def test_fsdp2():
     run_ranks(fsdp_worker)
 
 
+def fsdp_mixed_worker(rank):
+    """In bf16 there is no exact reference but a twin, sharded alike, with nothing frozen."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    batch = data(rank, dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for reshard in (False, True):
+        for patterns, frozen in ((("blocks.*",), BLOCKS), (("*",), DECODER)):
+            grads, z_grads = [], []
+            for context in (freeze, lambda *_: nullcontext()):
+                model = toy().float()
+                with freeze(model, *patterns):  # what is known of it must not outlive sharding
+                    pass
+                model = shard(
+                    model, per_block=True, mp_policy=precision, reshard_after_forward=reshard
+                )
+                z = batch[1].clone().requires_grad_()
+                with context(model, *patterns):  # the first call of this model
+                    logits = model(z, "l2t")
+                assert logits.dtype == torch.bfloat16
+                cross_entropy(logits.float(), batch[0]).backward()
+                grads.append(full(model))
+                z_grads.append(z.grad)
+                # And what is not frozen learns in the next call.
+                model.zero_grad()
+                cross_entropy(model(batch[1], "l2t").float(), batch[0]).backward()
+                assert all(full(model)[name].any() for name in DECODER)
+            assert torch.equal(*z_grads) and z_grads[0].any()
+            for name in DECODER:
+                if name in frozen:
+                    assert grads[0][name] is None or not grads[0][name].any(), name
+                else:
+                    assert torch.equal(grads[0][name], grads[1][name]), name
+                assert grads[1][name].any(), name
+
+
+@pytest.mark.skipif(TORCH_2_5, reason="FSDP2 of torch 2.5 needs CUDA")
+def test_fsdp2_in_mixed_precision():
+    run_ranks(fsdp_mixed_worker)
+
+
 def fsdp_part_worker(rank):
     model = shard(toy(), per_block=True)
     with pytest.raises(ValueError, match=r"'weight' is a DTensor .* given to fully_shard"):
         freeze(model.blocks[0].mix).__enter__()
-    with freeze(model.blocks[0], "mix.*"):
+    with freeze(model.blocks[0], "mix.*") as frozen:
         logits = model(data(rank)[1], "l2t")
+    with pytest.raises(ValueError, match="probe the model before fully_shard"):
+        frozen.probe(logits.sum())
     with pytest.raises(ValueError, match="test the model before fully_shard"):
         assert_frozen(logits.sum(), model.blocks[0].mix.parameters())
     logits.sum().backward()

@@ -4,24 +4,23 @@ An alias still requires grad, so a forward and its recomputation under activatio
 the same tensors. `cyclevae.gradient_policy.freeze` is the public face of this file.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from cyclevae.roles import ROLES, Roles
+from cyclevae._selection import Home, Patterns, homes, select
 
-# Attributes of wrappers that never appear in the names users write.
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+# What a group of parameters is lent instead: one alias for each, which decides about its gradient.
+Gate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
 # One autograd node for several parameters costs less Python than one node each, but it holds the
-# gradients it is about to drop until the last of them has come: hence small groups.
-_PARAMETERS_PER_GATE = 8
+# gradients it is about to drop until the last of them has come: hence groups of about one block.
+_PARAMETERS_PER_GATE = 12
 
 
 class _Gate(torch.autograd.Function):
@@ -42,43 +41,51 @@ class _Gate(torch.autograd.Function):
         return (None,) * len(gradients)
 
 
-Gate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+class FunctionalGate(torch.autograd.Function):
+    """The same for one tensor, under the transforms of `torch.func` too; it costs more Python."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> None:
+        return None
 
 
-def drop_gradient(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Aliases of parameters through which no gradient comes back."""
+def drop_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gate of `freeze`: aliases that require grad and pass none on."""
     aliases: tuple[Tensor, ...] = _Gate.apply(*parameters)  # type: ignore[no-untyped-call]
     return aliases
 
 
-class _Slot(NamedTuple):
-    """A place that holds a parameter; tied parameters have several."""
-
-    name: str
-    owner: nn.Module
-    key: str
-    parameter: Tensor
-    unit: nn.Module | None  # the FSDP2 unit that shards it
-
-
 class _Swap:
-    """Lends slots their gated parameters; both methods also serve as forward hooks."""
+    """Lends the homes of parameters their aliases; both methods also serve as forward hooks."""
 
-    def __init__(self, slots: Sequence[_Slot], gate: Gate) -> None:
-        self.slots, self.gate = slots, gate
+    def __init__(self, homes: Sequence[Home], gate: Gate) -> None:
+        self.homes, self.gate = homes, gate
         self.lent: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def lend(self, *_: object) -> None:
-        # Read again, not taken from the slots: FSDP2 has put the unsharded parameters in place.
-        homes = [(slot.owner._parameters, slot.key) for slot in self.slots]
-        held = [(home, key, home[key]) for home, key in homes]
-        learning = {id(p): p for _, _, p in held if p is not None and p.requires_grad}
+        # Read only now: FSDP2 has put the unsharded parameters in place.
+        held = [home[key] for home, key in self.homes]
+        learning = {id(p): p for p in held if p is not None and p.requires_grad}
         parameters: list[Tensor] = list(learning.values())
-        gated: list[Tensor] = []
+        aliases: list[Tensor] = []
         for start in range(0, len(parameters), _PARAMETERS_PER_GATE):
-            gated += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
-        gates = dict(zip(learning, gated, strict=True))
-        self.lent = [(*place, gates[id(place[2])]) for place in held if id(place[2]) in gates]
+            aliases += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
+        alias_of = dict(zip(learning, aliases, strict=True))
+        self.lent = [
+            (home, key, parameter, alias_of[id(parameter)])
+            for (home, key), parameter in zip(self.homes, held, strict=True)
+            if id(parameter) in alias_of
+        ]
         for home, key, _, alias in self.lent:
             home[key] = alias
 
@@ -87,7 +94,7 @@ class _Swap:
         intact = all([home.get(key) is alias for home, key, _, alias in lent])
         for home, key, parameter, _ in lent:
             # A parameter that somebody else has put here is theirs to keep.
-            if not isinstance(home.get(key), nn.Parameter):
+            if intact or not isinstance(home.get(key), nn.Parameter):
                 home[key] = parameter
         if not intact:
             raise RuntimeError(
@@ -97,23 +104,23 @@ class _Swap:
             )
 
 
-class Frozen(AbstractContextManager[None]):
-    """The context manager behind `freeze`; reusable and re-entrant, left in reverse order."""
+class Frozen(AbstractContextManager["Frozen"]):
+    """The context manager behind `freeze`; reusable and re-entrant, left in reverse order.
 
-    def __init__(
-        self,
-        target: object,
-        patterns: tuple[str | nn.Module, ...],
-        gate: Gate = drop_gradient,
-    ) -> None:
+    Args:
+        target: a module, or what has one as `.module`.
+        patterns: of the parameters that are lent their aliases.
+        gate: makes the aliases of a small group; called with gradients on or off, as at the entry.
+    """
+
+    def __init__(self, target: object, patterns: Patterns, gate: Gate = drop_gradients) -> None:
         self.target, self.patterns, self.gate = target, patterns, gate
         self.entered: list[tuple[list[_Swap], list[RemovableHandle]]] = []
 
-    def __enter__(self) -> None:
-        slots = _selected(self.target, self.patterns)
+    def __enter__(self) -> "Frozen":
         swaps, hooks = [], []
-        for unit in dict.fromkeys(slot.unit for slot in slots):
-            swap = _Swap([slot for slot in slots if slot.unit is unit], self.gate)
+        for unit, places in homes(self.target, self.patterns):
+            swap = _Swap(places, self.gate)
             swaps.append(swap)
             if unit is None:
                 swap.lend()
@@ -124,6 +131,7 @@ class Frozen(AbstractContextManager[None]):
                     unit.register_forward_hook(swap.give_back, prepend=True, always_call=True)
                 )
         self.entered.append((swaps, hooks))
+        return self
 
     def __exit__(self, *exception: object) -> None:
         swaps, hooks = self.entered.pop()
@@ -132,141 +140,105 @@ class Frozen(AbstractContextManager[None]):
         for swap in swaps:
             swap.give_back()
 
+    def probe(self, loss: Tensor) -> None:
+        """Raise if a gradient of `loss` reaches what was frozen: for tests and first steps.
+
+        Exact, whatever the model did: it asks autograd, and touches no `.grad`. It costs a backward
+        pass, and the graph is kept. Call it after the context has ended.
+
+        Args:
+            loss: a scalar of passes inside of the context alone, from a bridge without a graph.
+
+        Raises:
+            RuntimeError: names the parameters that would learn.
+            ValueError: if nothing could be found: no graph, inside of the context, or sharded
+                parameters, whose gradients FSDP2 hides from autograd.
+
+        Examples:
+            >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+            >>> weight = layer.weight
+            >>> with Frozen(layer, ()) as frozen:
+            ...     loss = nn.functional.linear(x, weight).sum()
+            >>> frozen.probe(loss)
+            Traceback (most recent call last):
+            RuntimeError: these frozen parameters would learn from `loss`: 'weight'. ...
+        """
+        slots = select(self.target, self.patterns)
+        if not loss.requires_grad:
+            raise ValueError("`loss` has no graph, so nothing would be found; was it detached?")
+        if not all(slot.parameter.is_leaf for slot in slots):
+            raise ValueError(
+                "probe() was called inside of freeze(), where modules hold aliases: call it after "
+                "the context has ended"
+            )
+        if any(slot.unit is not None for slot in slots):
+            raise ValueError(
+                "the parameters are sharded, and FSDP2 hides their gradients from autograd: probe "
+                "the model before fully_shard"
+            )
+        refuse_reentrant([loss])
+        learning = {id(slot.parameter): slot for slot in reversed(slots)}
+        named = [slot for slot in learning.values() if slot.parameter.requires_grad]
+        gradients = torch.autograd.grad(
+            loss, [slot.parameter for slot in named], retain_graph=True, allow_unused=True
+        )
+        leaking = [
+            repr(slot.name)
+            for slot, gradient in zip(named, gradients, strict=True)
+            if gradient is not None
+        ]
+        if leaking:
+            raise RuntimeError(
+                f"these frozen parameters would learn from `loss`: {', '.join(leaking[::-1])}. A "
+                "pass has read them around their modules, as a Python alias of a parameter (an "
+                "attribute or list that holds it) or torch.func.functional_call does; or `loss` "
+                "holds a pass outside of freeze(), or a bridge that was not detached."
+            )
+
+
+def refuse_reentrant(outputs: Iterable[Tensor], *, bridge: Tensor | None = None) -> None:
+    """Raise if the passes that made `outputs` used reentrant activation checkpointing.
+
+    It runs the pass again during backward, after `freeze` has ended, and so leaks gradient into
+    frozen parameters. Walks the graph of the outputs on the host, about 2 ms for 24 layers. Under
+    `torch.compile`, which checkpoints in a way of its own, it does nothing.
+
+    Args:
+        outputs: what came out of the frozen pass.
+        bridge: what went into it; the passes before it are not looked at.
+
+    Raises:
+        RuntimeError: if reentrant checkpointing was used.
+
+    Reference: https://docs.pytorch.org/docs/stable/checkpoint.html
+
+    Examples:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+        >>> refuse_reentrant([checkpoint(layer, x, use_reentrant=False)])
+        >>> refuse_reentrant([checkpoint(layer, x, use_reentrant=True)])
+        Traceback (most recent call last):
+        RuntimeError: reentrant activation checkpointing ...
+    """
+    if torch.compiler.is_compiling():
+        return
+    pending = [output.grad_fn for output in outputs]
+    seen: set[Node | None] = {None, bridge.grad_fn if bridge is not None else None}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            raise RuntimeError(
+                "reentrant activation checkpointing was found in the graph; it would leak gradient "
+                "into frozen parameters: use checkpoint(..., use_reentrant=False), or "
+                "gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face models."
+            )
+        pending += [parent for parent, _ in node.next_functions]
+
 
 def check_patterns(target: object, patterns: Sequence[str]) -> None:
     """Refuse patterns that match no parameter, before anything runs."""
     if patterns:
-        _selected(target, tuple(patterns))
-
-
-def _selected(target: object, patterns: tuple[str | nn.Module, ...]) -> list[_Slot]:
-    """The slots of a target that are chosen by name, by submodule or by role."""
-    module = _module_of(target)
-    roles = getattr(target, "roles", None)
-    return _select(_slots(module), patterns, roles)
-
-
-def _module_of(target: object) -> nn.Module:
-    module = target if isinstance(target, nn.Module) else getattr(target, "module", None)
-    if not isinstance(module, nn.Module):
-        raise ValueError(
-            f"freeze() needs a torch.nn.Module or an object whose `.module` is one, got "
-            f"{type(target).__name__}: give your denoiser a `.module` that returns its network."
-        )
-    return module
-
-
-def _slots(module: nn.Module) -> list[_Slot]:
-    # Looked up, not imported: a module can only be sharded if FSDP2 is there already.
-    homes = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
-    sharded = tuple(
-        sys.modules[home].FSDPModule
-        for home in homes
-        if hasattr(sys.modules.get(home), "FSDPModule")
-    )
-    slots: list[_Slot] = []
-    _collect(module, "", None, sharded, slots)
-    if not slots:
-        raise ValueError(f"freeze() got a {type(module).__name__} that holds no parameters.")
-    return slots
-
-
-def _collect(
-    module: nn.Module,
-    prefix: str,
-    unit: nn.Module | None,
-    sharded: tuple[type, ...],
-    slots: list[_Slot],
-) -> None:
-    if isinstance(module, sharded):
-        unit = module
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            slots.append(_Slot(prefix + key, module, key, parameter, unit))
-    wraps = isinstance(module, nn.parallel.DistributedDataParallel)
-    for name, child in module._modules.items():
-        if name == "_fsdp_wrapped_module":
-            raise ValueError(
-                "freeze() is not exact under FullyShardedDataParallel (FSDP1), which replaces "
-                "parameters during forward: shard with torch's fully_shard (FSDP2) instead."
-            )
-        if child is not None:
-            path = prefix if wraps or name in _TRANSPARENT else f"{prefix}{name}."
-            _collect(child, path, unit, sharded, slots)
-
-
-def _select(
-    slots: list[_Slot], patterns: tuple[str | nn.Module, ...], roles: Roles | None
-) -> list[_Slot]:
-    """The slots of every parameter that a pattern matches, under whatever name it matches."""
-    chosen = [] if patterns else slots
-    for pattern in patterns:
-        if roles is not None and pattern in ROLES:
-            members = roles.members([(slot.name, slot.parameter) for slot in slots])[str(pattern)]
-            chosen = chosen + [slot for slot in slots if id(slot.parameter) in members]
-            continue  # a role may be empty, as the shared one of two networks is
-        if isinstance(pattern, str):
-            hits = _matches(tuple([slot.name for slot in slots]), pattern)
-            found = [slots[hit] for hit in hits]
-        elif isinstance(pattern, nn.Module):
-            inside = {id(module) for module in pattern.modules()}
-            found = [slot for slot in slots if id(slot.owner) in inside]
-        else:
-            raise ValueError(
-                f"a pattern of freeze() must be a string such as 'decoder.*' or a submodule, got "
-                f"{pattern!r}: unpack collections, freeze(model, *patterns)."
-            )
-        if not found:
-            raise ValueError(_not_found(pattern, slots))
-        chosen = chosen + found
-    if not chosen:
-        raise ValueError(
-            f"freeze() was given the roles {', '.join(map(repr, patterns))}, which hold no "
-            "parameters: name others, or leave the context out"
-        )
-    parameters = {id(slot.parameter) for slot in chosen}
-    selected = [slot for slot in slots if id(slot.parameter) in parameters]
-    for slot in selected:
-        if slot.unit is None and type(slot.parameter).__name__ == "DTensor":
-            raise ValueError(
-                f"{slot.name!r} is a DTensor outside of any FSDP2 unit of the target, and FSDP2 "
-                f"would undo the swap: freeze the module that was given to fully_shard, with a "
-                f"pattern for the part. Tensor parallelism without FSDP2 is not supported."
-            )
-        if isinstance(slot.owner, nn.RNNBase):
-            raise ValueError(
-                f"{slot.name!r} belongs to a {type(slot.owner).__name__}, which computes with a "
-                f"list of its parameters that freeze() cannot reach: leave it out."
-            )
-    return selected
-
-
-def _matches(names: tuple[str, ...], pattern: str) -> tuple[int, ...]:
-    return tuple([i for i, name in enumerate(names) if fnmatchcase(name, pattern)])
-
-
-# What torch.compiler.assume_constant_result does, less its import of dynamo, which takes a second:
-# dynamo cannot trace fnmatch, but the answer is a constant of the names.
-_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _not_found(pattern: str | nn.Module, slots: list[_Slot]) -> str:
-    names = list(dict.fromkeys(slot.name for slot in slots))
-    if isinstance(pattern, nn.Module):
-        return (
-            f"freeze() got the submodule {type(pattern).__name__}, which holds no parameter of the "
-            f"target: pass a submodule of the target itself, not of a copy of it. Its parameters "
-            f"are {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else '.'}"
-        )
-    if pattern in ROLES:
-        return (
-            f"{pattern!r} is a role, and the target of freeze() has none: give "
-            "as_denoiser(network, roles=Roles(encoder_only=(...), decoder_only=(...)))"
-        )
-    parts = [name.split(".") for name in names]
-    groups = dict.fromkeys(".".join(p[:i]) + ".*" for p in parts for i in range(1, len(p)))
-    near = get_close_matches(pattern, [*groups, *names], n=3, cutoff=0.5) or [*groups, *names][:5]
-    return (
-        f"pattern {pattern!r} of freeze() matches no parameter name; it must match a full name, as "
-        f"in 'decoder.*' or '*.bias'. Nearest: {', '.join(map(repr, near))}."
-    )
+        homes(target, tuple(patterns))

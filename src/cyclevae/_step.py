@@ -17,8 +17,8 @@ from cyclevae.batch import Arranged, Texts, pick_rows, stack_masks
 from cyclevae.bridges import pseudo_text
 from cyclevae.contrastive import infonce_loss, same_text
 from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
-from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach
+from cyclevae.denoiser import Denoiser, refuse_unused
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refuse_reentrant
 from cyclevae.latent_bridges import encode_text
 from cyclevae.non_finite import Verdict
 from cyclevae.options import READ_A_BRIDGE, highest
@@ -86,6 +86,9 @@ class Step(NamedTuple):
             raise ValueError("InfoNCE compares pairs: give at least 2, or set its weight to 0")
         for policy in (constant(o.text_policy), constant(o.latent_policy)):
             check_patterns(self.denoiser, policy.freeze + policy.freeze_bridge)
+        # the unconditional pass is the last one, and asks for both heads
+        if not self._runs("unconditional") and o.passes(self.step) > 1:
+            refuse_unused(self.denoiser)
         if self._runs(*READ_A_BRIDGE):
             o.latent_process.refuse_ill_conditioned(highest(o.bridge_time, self.step))
 
@@ -135,6 +138,8 @@ class Step(NamedTuple):
         given = {**self._processes(), "generator": self.generator}
         y_hat = None
         if self._runs("text_marginal"):
+            if constant(o.latent_policy).freeze_bridge:
+                refuse_reentrant([logits])
             y_hat = pseudo_text(
                 logits,
                 mask,

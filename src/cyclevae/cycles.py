@@ -24,7 +24,13 @@ from cyclevae._types import (
 from cyclevae.base import LatentDistance, latent_loss, text_loss
 from cyclevae.bridges import AnyTextBridge, TextBridge, pseudo_text
 from cyclevae.denoiser import Denoiser, reading_relaxed
-from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, freeze
+from cyclevae.gradient_policy import (
+    STOP_GRADIENT,
+    GradientPolicy,
+    detach,
+    freeze,
+    refuse_reentrant,
+)
 from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import draw_noise, l2t, t2l
@@ -79,6 +85,7 @@ def cycle_text_loss(
     Raises:
         ValueError: wrong shapes or values, or an epsilon process whose gain at `time` is above
             `max_gain`; the message lists the cures.
+        RuntimeError: a policy that freezes, over reentrant activation checkpointing.
 
     Reference: ITIT, https://arxiv.org/abs/2310.03734; back-translation,
     https://arxiv.org/abs/1511.06709.
@@ -116,6 +123,8 @@ def cycle_text_loss(
     crossing = bridge.noised(z_hat, generator=generator)
     with _freeze(denoiser, policy.freeze):
         logits = l2t(denoiser, crossing, mask, text_process=text_process)
+    if policy.freeze:
+        refuse_reentrant([logits], bridge=crossing)
     return text_loss(logits, tokens, mask, reduction=reduction, count=count)
 
 
@@ -177,6 +186,7 @@ def cycle_latent_loss(
         ValueError: wrong shapes or values, a policy that the bridge cannot follow, or an epsilon
             process whose gain at `time` is above `max_gain`.
         TypeError: a network that cannot read the relaxed text of the bridge.
+        RuntimeError: a policy that freezes, over reentrant activation checkpointing.
 
     Reference: ITIT, https://arxiv.org/abs/2310.03734.
 
@@ -222,6 +232,8 @@ def cycle_latent_loss(
             if logits is None:
                 logits = l2t(denoiser, latents, mask, text_process=text_process)
             texts = _write(denoiser, latents, mask, logits, text_process, bridge, generator)
+        if policy.freeze_bridge:
+            refuse_reentrant([logits], bridge=latents)
     origin = f"of the {str(bridge)!r} bridge" if y_hat is None else "given as `y_hat`"
     relaxed = texts[0].is_floating_point()
     if policy.bridge != "detach" and not (relaxed or bridge.name == "rloo"):
@@ -247,6 +259,9 @@ def cycle_latent_loss(
                 noise=noise,
             )
             z_hats.append(encoded.z_hat(latent_process))
+    if policy.freeze:
+        for text, z_hat in zip(texts, z_hats, strict=True):
+            refuse_reentrant([z_hat], bridge=text)
     losses = [
         latent_loss(z_hat, latents, distance=distance, reduction=reduction, count=count)
         for z_hat in z_hats

@@ -4,16 +4,17 @@ Toggling `requires_grad` would be silently wrong under activation checkpointing 
 `freeze` lends the modules aliases of their parameters that stop the gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from cyclevae._gate import Frozen
+from cyclevae._gate import Frozen as Frozen
+from cyclevae._gate import FunctionalGate
+from cyclevae._gate import refuse_reentrant as refuse_reentrant
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class GradientPolicy:
 STOP_GRADIENT = GradientPolicy()
 
 
-def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager[None]:
+def freeze(target: object, *patterns: str | nn.Module) -> Frozen:
     """Give the chosen parameters no gradient from the forward passes that run inside.
 
     Gradient still flows *through* them to everything else, and passes outside, before or after, in
@@ -111,8 +112,10 @@ def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager
     Names are resolved at every entry, without the prefixes of wrappers (DDP's `module.`,
     `_orig_mod.`). A tied parameter is frozen wherever it is used. The swap is seen by every thread.
     It cannot hold where a pass bypasses the modules: reentrant checkpointing, which
-    `refuse_reentrant` finds; `functional_call`, or a list that holds parameters, which
-    `cyclevae.testing.assert_frozen` finds; an FSDP2 unit entered by another method than its call.
+    `refuse_reentrant` finds and the losses refuse; `functional_call`, for which there is
+    `gate_params`; a list that holds parameters; an FSDP2 unit entered by another method than its
+    call. `with freeze(...) as frozen:` gives a handle, and `frozen.probe(loss)` then finds any
+    leak, as `cyclevae.testing.assert_frozen` does.
     Inside, do not move the module, load its state, or hand `.parameters()` to anything.
 
     Args:
@@ -135,8 +138,37 @@ def freeze(target: object, *patterns: str | nn.Module) -> AbstractContextManager
         >>> y.sum().backward()
         >>> [name for name, p in model.named_parameters() if p.grad is not None]
         ['encoder.weight', 'encoder.bias']
+
+        In a test or the first steps, ask autograd whether that was so:
+
+        >>> with freeze(model, "decoder.*") as frozen:
+        ...     y = model["decoder"](model["encoder"](torch.ones(1, 2)))
+        >>> frozen.probe(y.sum())
     """
     return Frozen(target, patterns)
+
+
+def gate_params(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Aliases that get no gradient, to give to `torch.func.functional_call`.
+
+    What that is given overrides `freeze`. The aliases still require grad, and gradient flows
+    through them to everything else, under the transforms of `torch.func` too. Tied tensors stay
+    tied.
+
+    Args:
+        parameters: by name, such as those of `module.named_parameters()` that are to be frozen.
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.func.functional_call.html
+
+    Examples:
+        >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+        >>> frozen = gate_params(dict(layer.named_parameters()))
+        >>> torch.func.functional_call(layer, frozen, x).sum().backward()
+        >>> x.grad is None, layer.weight.grad is None
+        (False, True)
+    """
+    gated = {id(p): FunctionalGate.apply(p) for p in parameters.values()}  # type: ignore[no-untyped-call]
+    return {name: gated[id(p)] for name, p in parameters.items()}
 
 
 def detach() -> AbstractContextManager[None]:
@@ -156,46 +188,6 @@ def detach() -> AbstractContextManager[None]:
         False
     """
     return torch.no_grad() if torch.compiler.is_compiling() else _no_grad_no_cache()
-
-
-def refuse_reentrant(outputs: Iterable[Tensor], *, bridge: Tensor | None = None) -> None:
-    """Raise if the passes that made `outputs` used reentrant activation checkpointing.
-
-    It runs the pass again during backward, after `freeze` has ended, and so leaks gradient into
-    frozen parameters. Walks the graph of the outputs, about 2 ms for 24 layers: call it on the
-    first steps.
-
-    Args:
-        outputs: what came out of the frozen pass.
-        bridge: what went into it; the passes before it are not looked at.
-
-    Raises:
-        RuntimeError: if reentrant checkpointing was used.
-
-    Reference: https://docs.pytorch.org/docs/stable/checkpoint.html
-
-    Examples:
-        >>> from torch.utils.checkpoint import checkpoint
-        >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
-        >>> refuse_reentrant([checkpoint(layer, x, use_reentrant=False)])
-        >>> refuse_reentrant([checkpoint(layer, x, use_reentrant=True)])
-        Traceback (most recent call last):
-        RuntimeError: reentrant activation checkpointing ...
-    """
-    pending = [output.grad_fn for output in outputs]
-    seen: set[Node | None] = {None, bridge.grad_fn if bridge is not None else None}
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
-            raise RuntimeError(
-                "reentrant activation checkpointing was found in the graph; it would leak gradient "
-                "into frozen parameters: use checkpoint(..., use_reentrant=False), or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face models."
-            )
-        pending += [parent for parent, _ in node.next_functions]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from cyclevae import _checks
 from cyclevae._precision import fp32
 from cyclevae._types import Latents, MaskLike, Number, Time, Tokens
 from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy
+from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, refuse_reentrant
 from cyclevae.latent_process import LatentProcess, direction
 from cyclevae.passes import T2L, t2l
 from cyclevae.text_process import TextProcess
@@ -153,6 +153,7 @@ def encode_text(
     Raises:
         ValueError: wrong shapes or values, or an epsilon process whose gain at `time` is above
             `max_gain`; the message lists the cures.
+        RuntimeError: a `freeze_bridge` over reentrant activation checkpointing.
 
     Reference: DDIM, https://arxiv.org/abs/2010.02502; gradient through the last step alone, ITIT,
     https://arxiv.org/abs/2310.03734.
@@ -187,6 +188,8 @@ def encode_text(
                 generator=generator,
             )
             z_hat = bridge.thresholded(encoded.z_hat(latent_process))
+            if policy.freeze_bridge:
+                refuse_reentrant([z_hat], bridge=z_t)
             if last:
                 z_hat = bridge.normed(z_hat)
             else:
