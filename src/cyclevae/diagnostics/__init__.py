@@ -1,4 +1,8 @@
 """Probes and ledgers: is the cycle honest, is the latent alive, who pulls where."""
 
+from cyclevae.diagnostics.health import LatentHealth as LatentHealth
+from cyclevae.diagnostics.health import Retrieval as Retrieval
+from cyclevae.diagnostics.health import latent_health as latent_health
+from cyclevae.diagnostics.health import retrieval as retrieval
 from cyclevae.diagnostics.ledger import GradientLedger as GradientLedger
 from cyclevae.diagnostics.ledger import gradient_ledger as gradient_ledger
