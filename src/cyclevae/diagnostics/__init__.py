@@ -6,3 +6,6 @@ from cyclevae.diagnostics.health import latent_health as latent_health
 from cyclevae.diagnostics.health import retrieval as retrieval
 from cyclevae.diagnostics.ledger import GradientLedger as GradientLedger
 from cyclevae.diagnostics.ledger import gradient_ledger as gradient_ledger
+from cyclevae.diagnostics.probes import Probe as Probe
+from cyclevae.diagnostics.probes import latent_probe as latent_probe
+from cyclevae.diagnostics.probes import text_probe as text_probe

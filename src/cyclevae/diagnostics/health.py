@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cyclevae import _checks
 from cyclevae._types import Latents
+from cyclevae.diagnostics._measuring import check_rows
 from cyclevae.latent_process import direction
 from cyclevae.priors._samples import Moment, standard_form
 
@@ -133,7 +134,7 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     _checks.check_same_shape("z_hat", z_hat, "latents", latents)
     _checks.check_latents("z_hat", z_hat, cure="has training diverged?")
     _checks.check_latents("latents", latents)
-    check_rows(z_hat)
+    check_rows("z_hat", z_hat)
     if not 1 <= k < len(z_hat):
         raise ValueError(f"`k` must lie in [1, rows) = [1, {len(z_hat)}), got {k!r}")
     x, y = (direction(part.detach().cpu().double().flatten(1)) for part in (z_hat, latents))
@@ -145,15 +146,6 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
         hubness=_skewness(counts),
         never=(counts == 0).double().mean().item(),
     )
-
-
-def check_rows(z: Tensor, name: str = "z_hat") -> None:
-    """Refuse a batch in which nothing can be compared."""
-    if len(z) < 2:
-        raise ValueError(
-            f"`{name}` needs at least 2 rows to compare, got shape {list(z.shape)}; "
-            "give a larger batch"
-        )
 
 
 def _effective_rank(rows: Float[Tensor, "n D"]) -> float:
