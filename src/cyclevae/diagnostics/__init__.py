@@ -1,5 +1,8 @@
 """Probes and ledgers: is the cycle honest, is the latent alive, who pulls where."""
 
+from cyclevae.diagnostics.cheat import CheatTest as CheatTest
+from cyclevae.diagnostics.cheat import Treatment as Treatment
+from cyclevae.diagnostics.cheat import cheat_test as cheat_test
 from cyclevae.diagnostics.health import LatentHealth as LatentHealth
 from cyclevae.diagnostics.health import Retrieval as Retrieval
 from cyclevae.diagnostics.health import latent_health as latent_health

@@ -65,3 +65,18 @@ def without_latent(
         tokens, noise, text_time=full, latent_time=full, attention_mask=mask, need="logits"
     )
     return need_logits(output, tokens, text_process.vocab_size)
+
+
+def statistics(latents: Latents) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a batch in the shape of one latent, in float64 on the CPU.
+
+    A dimension that hardly varies gets a variance of 1e-6 of the average, to be divided by.
+    """
+    rows = latents.detach().cpu().double()
+    variance = rows.var(dim=0)
+    if not bool(variance.any()):
+        raise ValueError(
+            "`latents` are equal in all rows, so they tell no texts apart; are they those of the "
+            "batch's texts?"
+        )
+    return rows.mean(dim=0), torch.maximum(variance, 1e-6 * variance.mean())
