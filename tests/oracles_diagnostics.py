@@ -51,7 +51,7 @@ def retrieval(z_hat, z, k):
             for j in range(n)
         ]
         best = sorted(range(n), key=lambda j: -cosines[j])
-        hits += best[0] == i
+        hits += bool((z[best[0]] == z[i]).all())
         for j in best[:k]:
             counts[j] += 1
     return {"recall": hits / n, "never": counts.count(0) / n}, counts

@@ -9,6 +9,9 @@ from cyclevae.diagnostics.health import latent_health as latent_health
 from cyclevae.diagnostics.health import retrieval as retrieval
 from cyclevae.diagnostics.ledger import GradientLedger as GradientLedger
 from cyclevae.diagnostics.ledger import gradient_ledger as gradient_ledger
+from cyclevae.diagnostics.measure import cycle_report as cycle_report
 from cyclevae.diagnostics.probes import Probe as Probe
 from cyclevae.diagnostics.probes import latent_probe as latent_probe
 from cyclevae.diagnostics.probes import text_probe as text_probe
+from cyclevae.diagnostics.report import CycleReport as CycleReport
+from cyclevae.diagnostics.verdicts import Verdict as Verdict

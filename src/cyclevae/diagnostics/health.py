@@ -111,7 +111,8 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
 def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     """Whether encoded texts find their own latents among those of the batch, by the cosine.
 
-    Latents of equal texts count as wrong ones: a batch of distinct texts measures best.
+    A latent equal to a text's own counts as its own, but takes its place among the neighbours: give
+    different texts.
 
     Args:
         z_hat: latents of the encoder, `[b, d]` or `[b, n, d]` (one vector of `n d` numbers).
@@ -140,7 +141,7 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     x, y = (direction(part.detach().cpu().double().flatten(1)) for part in (z_hat, latents))
     nearest = (x @ y.T).topk(k, dim=1).indices
     counts = nearest.flatten().bincount(minlength=len(y)).double()
-    own = nearest[:, 0] == torch.arange(len(y))
+    own = (y[nearest[:, 0]] == y).all(dim=1)
     return Retrieval(
         recall=own.double().mean().item(),
         hubness=_skewness(counts),
