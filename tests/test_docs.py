@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cyclevae
+import cyclevae.diagnostics
 import cyclevae.testing
 
 ROOT = Path(__file__).parents[1]
@@ -101,11 +102,11 @@ def test_failures_point_to_their_line():
 
 
 def public_names():
-    """What `__init__` re-exports, and what `cyclevae.testing` defines."""
-    tree = ast.parse(Path(cyclevae.__file__).read_text())
+    """What each public `__init__` re-exports, and what `cyclevae.testing` defines."""
     names = {
-        f"cyclevae.{alias.asname}": getattr(cyclevae, alias.asname)
-        for node in tree.body
+        f"{package.__name__}.{alias.asname}": getattr(package, alias.asname)
+        for package in (cyclevae, cyclevae.diagnostics)
+        for node in ast.parse(Path(package.__file__).read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname == alias.name
@@ -123,7 +124,8 @@ PUBLIC = public_names()
 
 def test_public_names_are_found():
     assert len(PUBLIC) > 30
-    assert {"cyclevae.freeze", "cyclevae.testing.check_denoiser"} <= PUBLIC.keys()
+    expected = {"freeze", "testing.check_denoiser", "diagnostics.cycle_report"}
+    assert {f"cyclevae.{name}" for name in expected} <= PUBLIC.keys()
 
 
 def test_every_public_name_is_in_the_api_page():
