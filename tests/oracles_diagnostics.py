@@ -43,15 +43,15 @@ def health(z, mean, variance, active=0.01):
 
 def retrieval(z_hat, z, k):
     """Recall at 1, the share never found, and how often each latent is among the k nearest."""
-    n = len(z)
-    counts, hits = [0] * n, 0
-    for i in range(n):
+    pool = sorted({tuple(row) for row in z})
+    counts, hits = [0] * len(pool), 0
+    for query, own in zip(z_hat, z, strict=True):
         cosines = [
-            float(np.dot(z_hat[i], z[j]) / (np.linalg.norm(z_hat[i]) * np.linalg.norm(z[j])))
-            for j in range(n)
+            float(np.dot(query, row) / (np.linalg.norm(query) * np.linalg.norm(row)))
+            for row in pool
         ]
-        best = sorted(range(n), key=lambda j: -cosines[j])
-        hits += bool((z[best[0]] == z[i]).all())
+        best = sorted(range(len(pool)), key=lambda j: -cosines[j])
+        hits += pool[best[0]] == tuple(own)
         for j in best[:k]:
             counts[j] += 1
-    return {"recall": hits / n, "never": counts.count(0) / n}, counts
+    return {"recall": hits / len(z), "never": counts.count(0) / len(pool)}, counts

@@ -51,7 +51,8 @@ class Retrieval(NamedTuple):
     """What `retrieval` measures.
 
     Attributes:
-        recall: share of texts whose own latent is the nearest; `1/n` by chance.
+        recall: share of texts whose own latent is the nearest of `n` different ones; `1/n` by
+            chance.
         hubness: skewness of how often each latent is among the `k` nearest; 0 where all come
             equally often, large where a few hubs take every text.
         never: share of latents that are never among them.
@@ -111,17 +112,16 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
 def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     """Whether encoded texts find their own latents among those of the batch, by the cosine.
 
-    A latent equal to a text's own counts as its own, but takes its place among the neighbours: give
-    different texts.
+    Equal latents, as of equal texts, are one: a text finds its own where it finds its equal.
 
     Args:
         z_hat: latents of the encoder, `[b, d]` or `[b, n, d]` (one vector of `n d` numbers).
         latents: the true latents of the same rows.
-        k: neighbours that are counted for the hubs, fewer than the rows.
+        k: neighbours that are counted for the hubs.
 
     Raises:
-        ValueError: fewer than 2 rows, unequal shapes, latents that are not finite, a `k` that is
-            not in [1, b).
+        ValueError: fewer than 2 rows, unequal shapes, latents that are not finite, a `k` below 1
+            or above the number of different latents.
 
     Reference: hubs, Radovanovic et al., https://www.jmlr.org/papers/v11/radovanovic10a.html.
 
@@ -136,14 +136,16 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     _checks.check_latents("z_hat", z_hat, cure="has training diverged?")
     _checks.check_latents("latents", latents)
     check_rows("z_hat", z_hat)
-    if not 1 <= k < len(z_hat):
-        raise ValueError(f"`k` must lie in [1, rows) = [1, {len(z_hat)}), got {k!r}")
-    x, y = (direction(part.detach().cpu().double().flatten(1)) for part in (z_hat, latents))
-    nearest = (x @ y.T).topk(k, dim=1).indices
-    counts = nearest.flatten().bincount(minlength=len(y)).double()
-    own = (y[nearest[:, 0]] == y).all(dim=1)
+    x, y = (part.detach().cpu().double().flatten(1) for part in (z_hat, latents))
+    pool, own = torch.unique(y, dim=0, return_inverse=True)
+    if not 1 <= k <= len(pool):
+        raise ValueError(
+            f"`k` must lie in [1, {len(pool)}], the number of different latents, got {k!r}"
+        )
+    nearest = (direction(x) @ direction(pool).T).topk(k, dim=1).indices
+    counts = nearest.flatten().bincount(minlength=len(pool)).double()
     return Retrieval(
-        recall=own.double().mean().item(),
+        recall=(nearest[:, 0] == own).double().mean().item(),
         hubness=_skewness(counts),
         never=(counts == 0).double().mean().item(),
     )
