@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cyclevae
+import cyclevae.diagnostics
 import cyclevae.testing
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +102,10 @@ def test_failures_point_to_their_line():
 
 
 def public_names():
-    """What `cyclevae` and `cyclevae.testing` re-export, as in `from x import y as y`."""
+    """What each public package re-exports, as in `from x import y as y`."""
     return {
         f"{package.__name__}.{alias.asname}": getattr(package, alias.asname)
-        for package in (cyclevae, cyclevae.testing)
+        for package in (cyclevae, cyclevae.testing, cyclevae.diagnostics)
         for node in ast.parse(Path(package.__file__).read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
@@ -117,7 +118,8 @@ PUBLIC = public_names()
 
 def test_public_names_are_found():
     assert len(PUBLIC) > 30
-    assert {"cyclevae.freeze", "cyclevae.testing.check_denoiser"} <= PUBLIC.keys()
+    expected = {"freeze", "testing.check_denoiser", "diagnostics.cycle_report"}
+    assert {f"cyclevae.{name}" for name in expected} <= PUBLIC.keys()
 
 
 def test_every_public_name_is_in_the_api_page():

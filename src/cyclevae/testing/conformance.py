@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from cyclevae._precision import fp32
 from cyclevae._types import Need
 from cyclevae.denoiser import Denoised, Denoiser, need_latents, need_logits
+from cyclevae.diagnostics._measuring import evaluating
 from cyclevae.latent_process import LatentProcess
 from cyclevae.passes import l2t, t2l
 from cyclevae.text_process import TextProcess
@@ -79,7 +79,7 @@ def check_denoiser(
     latents = torch.randn(len(lengths), *shape, generator=generator).to(device, dtype)
     mask = mask.to(device)
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices), _evaluating(module):
+    with torch.random.fork_rng(devices), evaluating(module):
         check = partial(_check_mode, denoiser, text_process, tokens, latents, mask)
         with _called(getattr(denoiser, "network", module)):
             check(1.0, 0.0, "logits", parameters)
@@ -256,22 +256,3 @@ def _called(network: object) -> Iterator[None]:
             "the denoiser does not reach its network through the network's own __call__, so DDP, "
             "FSDP2 and torch.compile would be bypassed: call `network(...)`, not `.forward(...)`"
         )
-
-
-@contextmanager
-def _evaluating(module: object) -> Iterator[None]:
-    """Dropout off, then every submodule back as it was, and sharded again where FSDP2 shards it."""
-    modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    modes = [m.training for m in modules]
-    for m in modules:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
-            # A root unit stays unsharded until its backward, and an optimizer made meanwhile would
-            # hold the wrong parameters. By name, because torch.distributed may be missing.
-            if any(base.__name__ == "FSDPModule" for base in type(m).__mro__):
-                reshard: Any = m.reshard
-                reshard()

@@ -1,0 +1,88 @@
+"""How every diagnostic runs a model: no graph, no dropout, draws of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cyclevae import _checks
+from cyclevae._types import Latents, Logits, Mask
+from cyclevae.denoiser import Denoiser, need_logits
+from cyclevae.gradient_policy import detach
+from cyclevae.text_process import TextProcess
+
+
+@contextmanager
+def measuring(denoiser: Denoiser) -> Iterator[None]:
+    """No graph and no dropout; then every submodule is in its mode again."""
+    with evaluating(getattr(denoiser, "module", None)), detach():
+        yield
+
+
+@contextmanager
+def evaluating(module: object) -> Iterator[None]:
+    """Dropout off, then every submodule back as it was, and sharded again where FSDP2 shards it."""
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    modes = [m.training for m in modules]
+    for m in modules:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+            # A root unit stays unsharded until its backward, and an optimizer made meanwhile would
+            # hold the wrong parameters. By name, because torch.distributed may be missing.
+            if any(base.__name__ == "FSDPModule" for base in type(m).__mro__):
+                reshard: Any = m.reshard
+                reshard()
+
+
+def seeded(generator: torch.Generator | None, at: Tensor) -> torch.Generator:
+    """The generator, or one seeded with 0: so that training's random state is left alone."""
+    return torch.Generator(at.device).manual_seed(0) if generator is None else generator
+
+
+def check_rows(name: str, z: Tensor) -> None:
+    """Refuse a batch in which nothing can be compared."""
+    if len(z) < 2:
+        raise ValueError(
+            f"`{name}` needs at least 2 rows to compare, got shape {list(z.shape)}; "
+            "give a larger batch"
+        )
+
+
+def check_pairs(tokens: Tensor, latents: Tensor, text_process: TextProcess) -> None:
+    """Pairs are a text and a latent for each of at least 2 rows."""
+    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    _checks.check_latents("latents", latents)
+    _checks.check_rows("tokens", tokens, "latents", latents)
+    check_rows("latents", latents)
+
+
+def without_latent(
+    denoiser: Denoiser, noise: Latents, mask: Mask, text_process: TextProcess
+) -> Logits:
+    """What the decoder says of a fully masked text where the latent is pure noise."""
+    tokens, full = text_process.fully_masked(mask), _checks.as_time("time", 1.0, noise)
+    output = denoiser.denoise(
+        tokens, noise, text_time=full, latent_time=full, attention_mask=mask, need="logits"
+    )
+    return need_logits(output, tokens, text_process.vocab_size)
+
+
+def statistics(latents: Latents) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a batch in the shape of one latent, in float64 on the CPU.
+
+    A dimension that hardly varies gets a variance of 1e-6 of the average, to be divided by.
+    """
+    rows = latents.detach().cpu().double()
+    variance = rows.var(dim=0)
+    if not bool(variance.any()):
+        raise ValueError(
+            "`latents` are equal in all rows, so they tell no texts apart; are they those of the "
+            "batch's texts?"
+        )
+    return rows.mean(dim=0), torch.maximum(variance, 1e-6 * variance.mean())

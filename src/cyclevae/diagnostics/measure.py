@@ -1,0 +1,154 @@
+"""Every diagnostic on one batch."""
+
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cyclevae import _checks
+from cyclevae._types import Number
+from cyclevae.base import latent_loss, t2l_loss, text_loss
+from cyclevae.batch import Batch, arrange
+from cyclevae.bridges import pseudo_text
+from cyclevae.denoiser import Denoiser
+from cyclevae.diagnostics._measuring import measuring, seeded, statistics
+from cyclevae.diagnostics.cheat import cheat_test
+from cyclevae.diagnostics.health import latent_health, retrieval
+from cyclevae.diagnostics.probes import latent_probe, text_probe
+from cyclevae.diagnostics.report import CycleReport
+from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
+from cyclevae.latent_process import LatentProcess
+from cyclevae.passes import draw_noise, l2t
+from cyclevae.priors._samples import Moment
+from cyclevae.text_process import TextProcess
+
+READABLE = 0.999  # where the gain at the time is infinite, z_hat is read here
+
+
+def cycle_report(
+    denoiser: Denoiser,
+    batch: Batch,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    bridge: LatentBridge = ONE_SHOT,
+    time: Number = 1.0,
+    mean: Moment | None = None,
+    variance: Moment | None = None,
+    low: Number = 0.02,
+    high: Number = 0.98,
+    samples: int = 4,
+    generator: torch.Generator | None = None,
+) -> CycleReport:
+    """Is the cycle honest and the latent alive: every diagnostic on the pairs of a batch.
+
+    Runs `text_probe`, `latent_probe`, `cheat_test`, `latent_health` and `retrieval`, and both
+    cycles, some 35 passes of the batch, without a graph. A bridge that the library refuses is read
+    all the same: the report shows what would cross it. Where its gain is infinite, `z_hat` is read
+    at time 0.999. Give held-out pairs, a hundred or more with different texts.
+
+    Args:
+        denoiser: the model; run in evaluation mode, if it exposes its `.module`.
+        batch: its pairs are read.
+        text_process: the text process.
+        latent_process: the latent process.
+        bridge: of the text cycle; the latent cycle uses its steps and guards too.
+        time: at which the encoder starts from noise.
+        mean: the stored mean of latents, a number or in the shape of one; the batch's if not given.
+        variance: the stored variance.
+        low: the lowest time of `latent_probe`.
+        high: the highest time of `latent_probe`.
+        samples: of `latent_probe`.
+        generator: random state of the draws; one of its own, seeded with 0, if not given.
+
+    Raises:
+        ValueError: fewer than 2 pairs, equal latents, wrong shapes or values.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> report = cycle_report(
+        ...     denoiser, toy_batch(seed=0, rows=16),
+        ...     text_process=text_process, latent_process=latent_process,
+        ... )
+        >>> print(str(report).splitlines()[0])
+        cycle report on 16 pairs, bridge from time 1
+    """
+    found = arrange(Batch(*batch[:3]), text_process, latent_process)  # the pairs
+    if found.paired < 2:
+        raise ValueError(
+            f"`batch` needs at least 2 pairs to compare, got {found.paired}; give `tokens`, "
+            "`attention_mask` and `latents` of the same rows"
+        )
+    (tokens, mask), latents = found.need_texts(), found.need_latents()
+    own_mean, own_variance = statistics(latents)
+    target: dict[str, Any] = {
+        "mean": own_mean if mean is None else mean,
+        "variance": own_variance if variance is None else variance,
+    }
+    true = latent_health(latents, **target)
+    generator = seeded(generator, latents)
+    noise = draw_noise(len(latents), latent_process, at=latents, like=latents, generator=generator)
+    gain = _gain(latent_process, time)
+    read: dict[str, Any] = {
+        "text_process": text_process,
+        "latent_process": replace(latent_process, max_gain=sys.float_info.max),
+        "bridge": bridge,
+        "time": time if math.isfinite(gain) else READABLE,
+    }
+    pairs = (denoiser, tokens, latents, mask)
+    processes: dict[str, Any] = {
+        "text_process": text_process,
+        "latent_process": latent_process,
+    }
+    with measuring(denoiser):
+        z_hat = encode_text(denoiser, tokens, mask, noise=noise, **read)
+        logits = l2t(denoiser, latents, mask, text_process=text_process)
+        y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
+        cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
+        _checks.check_latents("z_hat", z_hat, cure="has training diverged?")
+        base = t2l_loss(*pairs, time=time, noise=noise, **processes)
+
+    total = latents.cpu().double().var(dim=0, correction=0).sum()  # the error of the mean
+
+    def errors(prediction: torch.Tensor) -> torch.Tensor:
+        square = latent_loss(prediction, latents, reduction="none").cpu().double()
+        return square.flatten(1).sum(dim=1) / total
+
+    right, shuffled = errors(z_hat), errors(z_hat.roll(1, 0))
+    return CycleReport(
+        rows=found.paired,
+        time=float(time),
+        gain=gain,
+        max_gain=float(latent_process.max_gain),
+        text_loss=text_loss(logits, tokens, mask).item(),
+        latent_loss=base.item(),
+        latent_error=right.mean().item(),
+        shuffled_latent_error=shuffled.mean().item(),
+        latent_gap_error=(shuffled - right).std().item() / math.sqrt(found.paired),
+        cycle_latent_error=errors(cycled).mean().item(),
+        text=text_probe(*pairs, noise=noise, **processes),
+        latent=latent_probe(
+            *pairs, low=low, high=high, samples=samples, generator=generator, **processes
+        ),
+        cheat=cheat_test(
+            *pairs, z_hat=z_hat, variance=target["variance"], generator=generator, **read
+        ),
+        z_hat=latent_health(z_hat, **target),
+        latents=true,
+        retrieval=retrieval(z_hat, latents),
+    )
+
+
+def _gain(latent_process: LatentProcess, time: Number) -> float:
+    """By how much reading the clean latent multiplies the error of the prediction."""
+    alpha, sigma = latent_process.alpha_sigma(torch.tensor([time], dtype=torch.float64))
+    match latent_process.prediction:
+        case "epsilon":
+            return (sigma / alpha).item()
+        case "v":
+            return sigma.item()
+        case _:
+            return 1.0
