@@ -757,6 +757,8 @@ def test_the_probe_says_what_is_wrong():
         loss = model(data()[1].requires_grad_(), "l2t").sum()
         with pytest.raises(ValueError, match="after the context has ended"):
             frozen.probe(loss)
+    with freeze(model, "head.*"), pytest.raises(ValueError, match="after the context has ended"):
+        frozen.probe(loss)  # in another context, of a part
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         frozen.probe(loss)
     with pytest.raises(ValueError, match="has no graph"):
