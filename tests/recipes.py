@@ -41,6 +41,8 @@ RECIPES = {
         "text_policy": FROZEN,
         "latent_policy": cv.GradientPolicy(freeze=("times.*",)),
     },
+    "isolated": {"text_policy": "decoder_isolated", "latent_policy": "encoder_isolated"},
+    "skip": {"non_finite": "skip"},
     "predicted end": {"text_process": replace(TEXT, end_id=3, end="predicted")},
     "placed ends": {"text_process": replace(TEXT, start_id=4, end_id=3)},
     "times": {

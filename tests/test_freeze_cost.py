@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cyclevae import _selection
+from cyclevae import _selection, roles
 from cyclevae._gate import Frozen, drop_gradients
 from cyclevae.gradient_policy import freeze
 from cyclevae.testing import assert_frozen, assert_learns
@@ -36,8 +36,8 @@ def matched(monkeypatch):
         names.append(name)
         return compare(name, pattern)
 
-    compare = _selection.fnmatchcase
-    monkeypatch.setattr(_selection, "fnmatchcase", fnmatchcase)
+    compare = roles.fnmatchcase
+    monkeypatch.setattr(roles, "fnmatchcase", fnmatchcase)
     return names
 
 

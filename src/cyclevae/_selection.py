@@ -8,14 +8,13 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cyclevae.roles import ROLES, Roles
+from cyclevae.roles import ROLES, Roles, matches
 
 # Attributes of wrappers that never appear in the names users write.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -105,7 +104,7 @@ def select(target: object, patterns: Patterns) -> list[Slot]:
             chosen = chosen + [slot for slot in slots if id(slot.parameter) in members]
             continue  # a role may be empty, as the shared one of two networks is
         if isinstance(pattern, str):
-            hits = _matches(tuple([slot.name for slot in slots]), pattern)
+            hits = matches(tuple([slot.name for slot in slots]), pattern)
             found = [slots[hit] for hit in hits]
         else:
             inside = {id(module) for module in pattern.modules()}
@@ -133,15 +132,6 @@ def select(target: object, patterns: Patterns) -> list[Slot]:
                 f"list of its parameters that freeze() cannot reach: leave it out."
             )
     return selected
-
-
-def _matches(names: tuple[str, ...], pattern: str) -> tuple[int, ...]:
-    return tuple([i for i, name in enumerate(names) if fnmatchcase(name, pattern)])
-
-
-# What torch.compiler.assume_constant_result does, less its import of dynamo, which takes a second:
-# dynamo cannot trace fnmatch, but the answer is a constant of the names.
-_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _look(roots: Sequence[nn.Module]) -> _Survey:

@@ -65,15 +65,15 @@ class Roles:
         Raises:
             ValueError: a pattern that matches nothing, or a parameter in two roles.
         """
-        found = {}
+        names, found = tuple([name for name, _ in named]), {}
         for role in ("encoder_only", "decoder_only"):
-            patterns = getattr(self, role)
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name, _ in named):
-                    raise ValueError(_not_found(role, pattern, [name for name, _ in named]))
-            found[role] = {
-                id(p) for name, p in named if any(fnmatchcase(name, each) for each in patterns)
-            }
+            ids = set()
+            for pattern in getattr(self, role):
+                hits = matches(names, pattern)
+                if not hits:
+                    raise ValueError(_not_found(role, pattern, names))
+                ids |= {id(named[hit][1]) for hit in hits}
+            found[role] = ids
         for name, parameter in named:
             if all(id(parameter) in ids for ids in found.values()):
                 raise ValueError(
@@ -86,7 +86,17 @@ class Roles:
         }
 
 
-def _not_found(role: str, pattern: str, names: list[str]) -> str:
+def matches(names: tuple[str, ...], pattern: str) -> tuple[int, ...]:
+    """Which of the names a shell pattern matches, by their numbers."""
+    return tuple([i for i, name in enumerate(names) if fnmatchcase(name, pattern)])
+
+
+# What torch.compiler.assume_constant_result does, less its import of dynamo, which takes a second:
+# dynamo cannot trace fnmatch, but the answer is a constant of the names.
+matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _not_found(role: str, pattern: str, names: Sequence[str]) -> str:
     near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:5]
     return (
         f"the pattern {pattern!r} of the role {role!r} matches no parameter; nearest: "
