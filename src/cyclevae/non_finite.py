@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._gate import Frozen
-from cyclevae._types import AnyTokens, Latents, MaskLike, Need, Time
+from cyclevae._types import AnyTokens, Latents
 from cyclevae.denoiser import Denoised, Denoiser
 
 NonFinite = Literal["raise", "skip", "zero"]
@@ -64,27 +64,11 @@ class Guarded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)  # `module` and `roles`, for freeze
 
-    def denoise(
-        self,
-        tokens: AnyTokens,
-        latents: Latents,
-        *,
-        text_time: Time,
-        latent_time: Time,
-        attention_mask: MaskLike,
-        need: Need = "both",
-    ) -> Denoised:
+    def denoise(self, tokens: AnyTokens, latents: Latents, **state: Any) -> Denoised:
         """One forward: see `Denoiser.denoise`."""
         verdict = Verdict()
         with Frozen(self.denoiser, (), gate=verdict.gate_all):
-            output = self.denoiser.denoise(
-                verdict.gate(tokens),
-                verdict.gate(latents),
-                text_time=text_time,
-                latent_time=latent_time,
-                attention_mask=attention_mask,
-                need=need,
-            )
+            output = self.denoiser.denoise(verdict.gate(tokens), verdict.gate(latents), **state)
         parts = [part.detach().isfinite().all() for part in output if part is not None]
         verdict.finite = torch.stack(parts).all()
         return output
