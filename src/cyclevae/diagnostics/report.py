@@ -163,7 +163,7 @@ class CycleReport:
         axes.set_xlabel("accuracy of the decoded text")
         failed = [verdict.name for verdict in self.verdicts if verdict.ok is False]
         axes.set_title(", ".join(failed) or "no pitfall found")
-        axes.legend()
+        axes.legend(loc="lower right")  # where the bars are short
         if figure is not None:
             figure.savefig(where)
 
