@@ -503,6 +503,45 @@ def test_the_latent_cycle_takes_a_distance(toy):
     assert objective.counts(toy_batch(rows=4))["cycle_latent_loss"] == 8 * 4
 
 
+def absolute(prediction, target):
+    return (prediction - target).abs()
+
+
+def test_a_distance_of_ones_own(toy):
+    denoiser, text, latent = toy
+    objective = cv.CycleObjective(
+        text,
+        latent,
+        **only(
+            "latent",
+            "cycle_latent",
+            latent_distance=absolute,
+            cycle_latent_distance=absolute,
+        ),
+    )
+    metrics = run(objective, denoiser).metrics
+    mine = cv.CycleObjective(
+        text,
+        latent,
+        **only(
+            "latent",
+            "cycle_latent",
+            latent_distance=lambda p, t: 2 * absolute(p, t),
+            cycle_latent_distance=lambda p, t: 3 * absolute(p, t),
+        ),
+    )
+    doubled = run(mine, denoiser).metrics
+    torch.testing.assert_close(doubled["latent_loss"], 2 * metrics["latent_loss"])
+    torch.testing.assert_close(doubled["cycle_latent_loss"], 3 * metrics["cycle_latent_loss"])
+    assert objective.counts(toy_batch(rows=4))["latent_loss"] == 4 * 4
+    z = torch.tensor([[1.0, -2.0]])
+    assert cv.latent_loss(z, torch.zeros(1, 2), distance=absolute) == 1.5
+    with pytest.raises(ValueError, match=r"`distance\(...\)` and `prediction` must have equal"):
+        cv.latent_loss(z, z, distance=lambda p, t: (p - t).sum(dim=1))
+    with pytest.raises(ValueError, match=r"`latent_distance` is <function absolute .* a function"):
+        objective.to_config()
+
+
 def test_the_fully_masked_state_is_trained_where_a_prior_reads_it(toy):
     denoiser, text, latent = toy
     batch = toy_batch(rows=20)

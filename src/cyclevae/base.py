@@ -1,5 +1,6 @@
 """The losses both directions are trained with anyway, and the two formulas all others share."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -29,6 +30,7 @@ from cyclevae.text_process import TextProcess
 from cyclevae.times import TimePolicy
 
 LatentDistance = Literal["mse", "cosine", "normalized_mse"]
+AnyDistance = LatentDistance | Callable[[Latents, Latents], Latents]
 
 
 def text_loss(
@@ -78,7 +80,7 @@ def latent_loss(
     prediction: Latents,
     target: Latents,
     *,
-    distance: LatentDistance = "mse",
+    distance: AnyDistance = "mse",
     weight: Time | None = None,
     variance: Number | Tensor = 1.0,
     reduction: Reduction = "mean",
@@ -95,7 +97,8 @@ def latent_loss(
     Args:
         prediction: `[b, d]` or `[b, n, d]`.
         target: of equal shape; nothing is broadcast.
-        distance: `mse`, `cosine` or `normalized_mse`.
+        distance: `mse`, `cosine`, `normalized_mse`, or a function of prediction and target that
+            returns an error per element.
         weight: of each row `[b]`, such as `min_snr_weight`; the denominator stays the same.
         variance: of the Gaussian whose negative log-density `nats` is, a number or `[d]`.
         reduction: `mean` over elements (`cosine`: vectors), `sum`, `none` (the shape of the
@@ -121,7 +124,7 @@ def latent_loss(
         tensor(1.)
     """
     _checks.check_same_shape("prediction", prediction, "target", target)
-    _checks.check_choice("distance", distance, get_args(LatentDistance))
+    check_distance("distance", distance)
     _checks.check_variance("variance", variance, prediction.shape[1:])
     if reduction == "nats" and distance != "mse":
         raise ValueError(
@@ -133,11 +136,20 @@ def latent_loss(
             error = (fp32(prediction) - fp32(target)).square()
         case "cosine":
             error = 1 - (direction(prediction) * direction(target)).sum(dim=-1)
-        case _:
+        case "normalized_mse":
             error = (direction(prediction) - direction(target)).square()
+        case _:
+            error = distance(fp32(prediction), fp32(target))
+            _checks.check_same_shape("distance(...)", error, "prediction", prediction)
     if weight is not None:
         error = error * _as_weight(weight, error)
     return reduce_latents(error, reduction=reduction, variance=variance, count=count)
+
+
+def check_distance(name: str, distance: AnyDistance) -> None:
+    """Refuse an unknown distance of latents; a function is taken as it is."""
+    if not callable(distance):
+        _checks.check_choice(name, distance, get_args(LatentDistance))
 
 
 def min_snr_weight(
@@ -223,7 +235,7 @@ def t2l_loss(
     time: Number | Time | TimePolicy | None = 1.0,
     step: int = 0,
     space: Prediction | None = None,
-    distance: LatentDistance = "mse",
+    distance: AnyDistance = "mse",
     min_snr: Number | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
@@ -270,7 +282,7 @@ def t2l_loss(
         >>> loss.shape
         torch.Size([])
     """
-    _checks.check_choice("distance", distance, get_args(LatentDistance))
+    check_distance("distance", distance)
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)
     space = latent_process.prediction if space is None else space
     _checks.check_choice("space", space, get_args(Prediction))
@@ -312,7 +324,7 @@ def encoded_loss(
     *,
     latent_process: LatentProcess,
     space: Prediction | None = None,
-    distance: LatentDistance = "mse",
+    distance: AnyDistance = "mse",
     min_snr: Number | None = None,
     reduction: Reduction = "mean",
     count: Count | None = None,

@@ -21,7 +21,7 @@ from cyclevae._types import (
     Time,
     Tokens,
 )
-from cyclevae.base import LatentDistance, latent_loss, text_loss
+from cyclevae.base import AnyDistance, check_distance, latent_loss, text_loss
 from cyclevae.bridges import AnyTextBridge, TextBridge, pseudo_text
 from cyclevae.denoiser import Denoiser, reading_relaxed
 from cyclevae.gradient_policy import (
@@ -143,7 +143,7 @@ def cycle_latent_loss(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
-    distance: LatentDistance = "mse",
+    distance: AnyDistance = "mse",
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
@@ -211,7 +211,7 @@ def cycle_latent_loss(
             "bridge, which weighs texts by their probability, draw its own"
         )
     _checks.check_choice("reduction", reduction, get_args(Reduction))
-    _checks.check_choice("distance", distance, get_args(LatentDistance))
+    check_distance("distance", distance)
     _checks.check_latents("latents", latents, latent_process.shape)
     _checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)

@@ -13,6 +13,7 @@ from cyclevae._plan import Planned
 from cyclevae._prior import reads_teacher
 from cyclevae._step import Step
 from cyclevae._types import Count, Number, Scalar
+from cyclevae.base import AnyDistance
 from cyclevae.batch import Batch, arrange
 from cyclevae.denoiser import Denoiser
 from cyclevae.non_finite import (
@@ -151,15 +152,18 @@ class CycleObjective(Planned):
         width = 1 if latents is None else latents.shape[-1]
         all_latents = 0 if latents is None else len(latents)
         cycled = sum(self.cycled(p, all_latents))
-        vectors = {"cosine": elements // width}  # one error per vector
+
+        def errors(distance: AnyDistance) -> int:  # the cosine has one per vector
+            return elements // width if distance == "cosine" else elements
+
         counts = {
             "text_loss": paired_tokens,
-            "latent_loss": zero + p * vectors.get(self.latent_distance, elements),
+            "latent_loss": zero + p * errors(self.latent_distance),
             # a null rate leaves texts out at random
             "unconditional_text_loss": tokens - self.null_rate * paired_tokens,
             "unconditional_latent_loss": zero + all_latents * elements,
             "cycle_text_loss": cycled_tokens,
-            "cycle_latent_loss": zero + cycled * vectors.get(self.cycle_latent_distance, elements),
+            "cycle_latent_loss": zero + cycled * errors(self.cycle_latent_distance),
             "sleep_loss": zero + cycled * elements,
             "text_marginal_loss": zero + cycled,
         }

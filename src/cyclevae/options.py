@@ -8,7 +8,7 @@ from cyclevae import _checks
 from cyclevae._config import Part, dump, load
 from cyclevae._prior import Prior, as_tensors, check_prior, reads_teacher
 from cyclevae._types import Number, Prediction, Schedule
-from cyclevae.base import LatentDistance
+from cyclevae.base import AnyDistance, check_distance
 from cyclevae.bridges import AnyTextBridge, TextBridge
 from cyclevae.contrastive import Critic
 from cyclevae.gradient_policy import GradientPolicy
@@ -80,10 +80,10 @@ class Options:
     base_latent_time: Number | TimePolicy | None = 1.0
     unconditional_latent_time: Number | TimePolicy | None = None
     null_text_rate: Number | None = None
-    latent_distance: LatentDistance = "mse"
+    latent_distance: AnyDistance = "mse"
     latent_space: Prediction | None = None
     min_snr: Number | None = None
-    cycle_latent_distance: LatentDistance = "mse"
+    cycle_latent_distance: AnyDistance = "mse"
     text_bridge: AnyTextBridge = "argmax"
     latent_bridge: LatentBridge = ONE_SHOT
     show_latent: bool = False
@@ -101,7 +101,7 @@ class Options:
             if not callable(weight):
                 _checks.check_nonnegative(f"{term}_weight", weight)
         for name in ("latent_distance", "cycle_latent_distance"):
-            _checks.check_choice(name, getattr(self, name), get_args(LatentDistance))
+            check_distance(name, getattr(self, name))
         if self.non_finite is not None:
             _checks.check_choice("non_finite", self.non_finite, get_args(NonFinite))
         if self.latent_space is not None:
