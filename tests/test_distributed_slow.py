@@ -141,8 +141,7 @@ def two_passes(denoiser, mine):
     """By hand, the encoder first: the last pass does not reach the latent head."""
     texts = mine.tokens, mine.attention_mask
     options = {"text_process": TEXT, "latent_process": LATENT}
-    options["policy"] = cv.GradientPolicy("full")
-    z_hat = cv.encode_text(denoiser, *texts, **options)
+    z_hat = cv.encode_text(denoiser, *texts, policy=cv.GradientPolicy("full"), **options)
     return z_hat.square().sum() + cv.cycle_text_loss(denoiser, *texts, z_hat=z_hat, **options)
 
 
