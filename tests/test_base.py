@@ -453,6 +453,24 @@ def test_a_count_of_zero_divides_by_nothing():
     logits, tokens = torch.randn(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64)
     for zero in (0.0, torch.zeros(())):
         assert cv.text_loss(logits, tokens, tokens > 0, count=zero) == 0
+        assert cv.latent_loss(torch.ones(1, 1), torch.zeros(1, 1), count=zero) == 1
+
+
+@pytest.mark.parametrize("count", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_a_count_below_one_is_a_denominator_too(count):
+    """The rows of all ranks over their number: one row on one of two ranks is half a row."""
+    logits, tokens = torch.zeros(1, 1, 4), torch.tensor([[1]])
+    text = cv.text_loss(logits, tokens, torch.ones(1, 1), count=count)
+    assert float(text) == pytest.approx(2 * math.log(4))
+    latent = cv.latent_loss(torch.ones(1, 1), torch.zeros(1, 1), count=count)
+    assert float(latent) == 2.0
+
+
+def test_no_id_of_a_large_vocabulary_is_taken_for_padding():
+    """`F.cross_entropy` marks what it ignores by an id; a real one must never be it."""
+    tokens = torch.arange(256)[None]
+    losses = cv.text_loss(torch.zeros(1, 256, 256), tokens, torch.ones(1, 256), reduction="none")
+    torch.testing.assert_close(losses, torch.full((1, 256), math.log(256)))
 
 
 # --- base passes ------------------------------------------------------------------------------
@@ -883,28 +901,3 @@ def test_a_text_that_is_left_out_trains_the_latent_of_its_row_without_it():
     close(losses.text, oracles.masked_bound(out.logits, tokens, masked, [0.5] * 4, kept), 1e-6)
     target = process.target(z, options["noise"], call["latent_time"])
     close(losses.latent, oracles.latent_loss(out.latent_prediction, target), 1e-6)
-
-
-# --- what a mutation run found untested -------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
-def test_a_count_below_one_is_a_denominator_too(count):
-    """The rows of all ranks over their number: one row on one of two ranks is half a row."""
-    logits, tokens = torch.zeros(1, 1, 4), torch.tensor([[1]])
-    text = cv.text_loss(logits, tokens, torch.ones(1, 1), count=count)
-    assert float(text) == pytest.approx(2 * math.log(4))
-    latent = cv.latent_loss(torch.ones(1, 1), torch.zeros(1, 1), count=count)
-    assert float(latent) == 2.0
-
-
-@pytest.mark.parametrize("count", [0, torch.tensor(0.0)], ids=["number", "tensor"])
-def test_a_count_of_nothing_divides_by_one(count):
-    assert cv.latent_loss(torch.ones(1, 1), torch.zeros(1, 1), count=count) == 1.0
-
-
-def test_no_id_of_a_large_vocabulary_is_taken_for_padding():
-    """`F.cross_entropy` marks what it ignores by an id; a real one must never be it."""
-    tokens = torch.arange(256)[None]
-    losses = cv.text_loss(torch.zeros(1, 256, 256), tokens, torch.ones(1, 256), reduction="none")
-    torch.testing.assert_close(losses, torch.full((1, 256), math.log(256)))
