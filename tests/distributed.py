@@ -1,10 +1,10 @@
 """Run a test's worker on several gloo processes."""
 
-import tempfile
+from functools import partial
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from cyclevae.testing import _processes
 
 
 def run_ranks(worker, *arguments, world_size=2):
@@ -12,19 +12,11 @@ def run_ranks(worker, *arguments, world_size=2):
 
     The worker must be importable: a function at the top of a module.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        init = f"file://{folder}/init"
-        mp.spawn(_enter, (worker, world_size, init, arguments), nprocs=world_size)
+    _processes.run_ranks(partial(_call, worker, arguments), world_size, time_limit=240)
 
 
-def _enter(rank, worker, world_size, init, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
-    try:
-        worker(rank, *arguments)
-        dist.barrier()  # a rank that left early would abort the collectives of the others
-    finally:
-        dist.destroy_process_group()
+def _call(worker, arguments, rank):
+    worker(rank, *arguments)
 
 
 def gather(value):
