@@ -1,9 +1,11 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -901,3 +903,74 @@ def test_a_text_that_is_left_out_trains_the_latent_of_its_row_without_it():
     close(losses.text, oracles.masked_bound(out.logits, tokens, masked, [0.5] * 4, kept), 1e-6)
     target = process.target(z, options["noise"], call["latent_time"])
     close(losses.latent, oracles.latent_loss(out.latent_prediction, target), 1e-6)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- padding that is taught, and texts of which a part is shown ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("taught", "counted"), [("none", [3, 2]), ("first", [4, 3]), ("all", [5, 5])]
+)
+def test_taught_padding_counts_in_every_decoder_loss(taught, counted):
+    denoiser, _, process = toy_denoiser(seed=0)
+    text = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=1, taught_padding=taught)
+    mask = torch.arange(5) < torch.tensor([[3], [2]])
+    tokens, z = torch.tensor([[3, 4, 5, 6, 6], [4, 4, 0, 0, 0]]), torch.randn(2, 4)
+    logits = cv.l2t(denoiser, z, mask, text_process=text)
+    nll = -logits.log_softmax(-1)
+    expected = sum(
+        nll[row, i, tokens[row, i] if mask[row, i] else 1]
+        for row in range(2)
+        for i in range(counted[row])
+    ) / sum(counted)
+    processes = {"text_process": text, "latent_process": process}
+    losses = [
+        cv.l2t_loss(denoiser, tokens, z, mask, text_process=text),
+        cv.cycle_text_loss(denoiser, tokens, mask, z_hat=z, **processes),
+    ]
+    objective = cv.CycleObjective(**processes, unconditional_weight=0.0, cycle_text_weight=0.0)
+    batch = cv.Batch(tokens, mask, z)
+    losses.append(objective(denoiser, batch, step=0).metrics["text_loss"])
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
+    assert objective.counts(batch)["text_loss"] == sum(counted)
+    given = {"text_time": 1.0, "noise": z, "latent_time": 0.5}
+    joint = cv.joint(denoiser, tokens, z, mask, **processes, **given)
+    both = cv.unconditional_loss(denoiser, tokens, z, mask, **processes, **given)
+    targets, kept = text.targets(tokens, mask)
+    torch.testing.assert_close(both.text, cv.text_loss(joint.logits, targets, kept))
+
+
+@pytest.mark.parametrize("text_time", [0.3, cv.TimePolicy("uniform", low=0.2, high=0.9)])
+def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
+    denoiser, text, process = toy_denoiser(seed=0)
+    tokens, mask, z = toy_batch(rows=6)[:3]
+    loss = cv.l2t_loss(
+        denoiser, tokens, z, mask, text_process=text, text_time=text_time, generator=seeded(3)
+    )
+    generator = seeded(3)
+    rate = text_time(6, generator=generator) if callable(text_time) else torch.full((6,), text_time)
+    noisy, masked = text.mask(tokens, mask, rate, generator=generator)
+    zero = torch.zeros(6)
+    logits = denoiser.denoise(
+        noisy, z, text_time=rate, latent_time=zero, attention_mask=mask, need="logits"
+    ).logits
+    expected = F.cross_entropy(logits[masked], tokens[masked])
+    torch.testing.assert_close(loss, expected)
+    objective = cv.CycleObjective(
+        text,
+        process,
+        unconditional_weight=0.0,
+        latent_weight=0.0,
+        cycle_text_weight=0.0,
+        base_text_time=text_time,
+    )
+    assert objective.passes(0) == 3  # a part of the text must not become a bridge
+    assert replace(objective, cycle_latent_weight=0.0).passes(0) == 1
+    output = objective(denoiser, cv.Batch(tokens, mask, z), step=0, generator=seeded(3))
+    torch.testing.assert_close(output.metrics["text_loss"], expected.detach())
+    assert "text_loss" not in objective.counts(cv.Batch(tokens, mask, z))

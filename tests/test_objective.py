@@ -498,3 +498,24 @@ def test_empty_unpaired_parts_count_nothing(toy):
     none = cv.Batch(*batch[:3])
     losses = [objective(denoiser, b, step=0, generator=seeded()).loss for b in (empty, none)]
     assert losses[0] == losses[1]
+
+
+def test_a_loss_above_its_cap_counts_as_the_cap_and_has_no_gradient():
+    denoiser, text, latent = toy_denoiser(seed=0)
+    free = cv.CycleObjective(text, latent)
+    capped = cv.CycleObjective(text, latent, caps={"text": 0.5, "latent": 1e3})
+    values, gradients = [], []
+    for objective in (free, capped):
+        generator = torch.Generator().manual_seed(0)
+        output = objective(denoiser, toy_batch(), step=0, generator=generator)
+        values.append(output.metrics)
+        denoiser.module.zero_grad()
+        output.loss.backward()
+        gradients.append(denoiser.module.shared.weight.grad.clone())
+    assert values[0]["text_loss"] > 0.5 and values[1]["text_loss"] == 0.5
+    assert values[0]["latent_loss"] == values[1]["latent_loss"]
+    torch.testing.assert_close(values[1]["loss"], values[0]["loss"] - values[0]["text_loss"] + 0.5)
+    generator = torch.Generator().manual_seed(0)
+    text_term = free.terms(denoiser, toy_batch(), step=0, generator=generator)["text"]
+    (of_text,) = torch.autograd.grad(text_term, denoiser.module.shared.weight)
+    torch.testing.assert_close(gradients[1], gradients[0] - of_text)

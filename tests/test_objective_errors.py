@@ -68,6 +68,12 @@ def learned(**options):
         {"contrastive_options": {"temprature": 1.0}},
         "unknown key 'temprature' in `contrastive_options`; did you mean 'temperature'?",
     ),
+    unknown_cap=(
+        {"caps": {"txet": 1.0}},
+        "unknown term 'txet' in `caps`; did you mean 'text'?",
+    ),
+    cap_of_nothing=({"caps": {"text": 0.0}}, "`caps['text']` must be above 0, got 0"),
+    text_time=({"base_text_time": 1.5}, "`base_text_time` must lie in [0, 1], got 1.5"),
     contrastive_temperature=(
         {"contrastive_options": {"temperature": 0.0}},
         "`contrastive_options['temperature']` must be above 0, got 0",

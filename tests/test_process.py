@@ -482,6 +482,22 @@ def test_masking_touches_nothing_else(mask, seed):
     assert torch.equal(TEXT.pad(tokens, mask), torch.where(mask, tokens, 0))
 
 
+@pytest.mark.parametrize(
+    ("taught", "expected"),
+    [("none", [1, 0, 1, 0, 0]), ("first", [1, 1, 1, 0, 0]), ("all", [1] * 5)],
+)
+def test_padding_that_the_decoder_is_taught(taught, expected):
+    text = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0, taught_padding=taught)
+    mask = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    words = torch.tensor([[3, 4, 5, 6, 3]] * 2)
+    targets, counted = text.targets(words, mask)
+    assert counted.tolist() == [[bool(x) for x in expected], [True] * 5]
+    assert targets.tolist() == [[3, 0, 5, 0, 0], [3, 4, 5, 6, 3]]
+    assert text.fully_masked(mask)[0].tolist() == [2 * x for x in expected]
+    noised, masked = text.mask(words, mask, torch.ones(2))
+    assert torch.equal(masked, counted) and torch.equal(noised, text.fully_masked(mask))
+
+
 def test_masking_is_reproducible():
     tokens, kept, rate = torch.full((2, 50), 4), torch.ones(2, 50).bool(), torch.full((2,), 0.5)
     first, again, other = (
@@ -497,6 +513,8 @@ def test_padding_without_a_padding_id_is_masked():
     mask = torch.tensor([[True, False]])
     assert text.fully_masked(mask).tolist() == [[2, 2]]
     assert text.pad(torch.tensor([[4, 5]]), mask).tolist() == [[4, 2]]
+    with pytest.raises(ValueError, match="'first' needs the `pad_id` that the decoder is to write"):
+        cv.TextProcess(mask_id=2, vocab_size=7, taught_padding="first")
 
 
 FRAMED = cv.TextProcess(mask_id=2, vocab_size=9, pad_id=0, special_ids=(7,), start_id=3, end_id=4)

@@ -133,9 +133,15 @@ class Planned(Options):
         return frozen and self.teaches_encoder(terms)
 
     def decodes_apart(self, terms: Collection[str]) -> bool:
-        """Whether the latent cycle freezes what the base decoder loss must train."""
-        cycles = "cycle_latent" in terms or "text_marginal" in terms
-        return "text" in terms and cycles and bool(constant(self.latent_policy).freeze_bridge)
+        """Whether the base decoder loss cannot read the pass that writes the pseudo-texts.
+
+        Its text is not fully masked, or the latent cycle freezes there what it must train.
+        """
+        frozen = constant(self.latent_policy).freeze_bridge and (
+            "cycle_latent" in terms or "text_marginal" in terms
+        )
+        writes = any(term in terms for term in LATENT_HALF)
+        return "text" in terms and (bool(frozen) or (writes and self.base_text_time != 1.0))
 
     def cycled(self, paired: int, rows: int) -> tuple[int, int]:
         """How many of the pairs and of the other rows the cycles run on."""

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._gate import check_patterns
 from cyclevae._plan import LATENT_HALF, Planned
 from cyclevae._prior import needs_two_rows, prior_loss
-from cyclevae._types import Count, Latents, Logits, Mask, Number, Time
-from cyclevae.base import encoded_loss, t2l_loss, text_loss
+from cyclevae._reduce import reduce_latents, reduce_text
+from cyclevae._types import Count, Latents, Logits, Mask, Number, Rows, Time, Tokens
+from cyclevae.base import decode_masked, encoded_loss, t2l_loss, text_loss
 from cyclevae.batch import Arranged, Texts, pick_rows, stack_masks
 from cyclevae.bridges import pseudo_text
 from cyclevae.contrastive import infonce_loss, same_text
@@ -22,7 +24,7 @@ from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refu
 from cyclevae.latent_bridges import encode_text
 from cyclevae.non_finite import Verdict
 from cyclevae.options import READ_A_BRIDGE, highest
-from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.passes import draw_noise, l2t, only_present, t2l
 from cyclevae.policies import constant
 from cyclevae.priors import ddvi_sleep_loss
 from cyclevae.text_marginal import text_marginal_loss
@@ -56,12 +58,13 @@ class Step(NamedTuple):
     def all(self) -> None:
         """Run the passes, and with them the terms and the statistics."""
         self._check()
+        run = self._replace(rows=self.rows.borrowed(self.generator))
         if self._runs("text", *LATENT_HALF):
-            self._decode()
+            run._decode()
         if self._runs("latent", "cycle_text", "prior", "contrastive"):
-            self._encode()
+            run._encode()
         if self._runs("unconditional"):
-            self._denoise_both()
+            run._denoise_both()
 
     def _read(self, term: str, output: Tensor) -> Tensor:
         """What a term reads of a pass that others read too, who must not suffer from it."""
@@ -95,27 +98,45 @@ class Step(NamedTuple):
     def _decode(self) -> None:
         """One decoder pass: the base text loss on paired rows, pseudo-texts for the cycles."""
         o, p, latents = self.objective, self.rows.paired, self.rows.need_latents()
-        shared = self._runs("text") and not o.decodes_apart(self.weights)
+        apart = o.decodes_apart(self.weights) or not self._runs(*LATENT_HALF)
+        if self._runs("text") and apart:
+            self._base_text(*self._decode_pairs())
         if not self._runs(*LATENT_HALF):
-            return self._base_text(self._l2t(latents[:p], self.rows.need_texts().mask[:p]))
-        if self._runs("text") and not shared:
-            self._base_text(self._l2t(latents[:p], self.rows.need_texts().mask[:p]))
+            return
+        shared = self._runs("text") and not apart
         mask = self.rows.lengths_to_decode(self.generator)
         pairs, others = o.cycled(p, len(latents))
+        there = self.rows.has_latent
+        if there is not None:
+            there = pick_rows(there, p, pairs, others)
         latents, mask = (
             pick_rows(part, p, p if shared else pairs, others) for part in (latents, mask)
         )
         with nullcontext() if shared else self._writing():
-            logits = self._l2t(latents, mask)
+            logits = l2t(self.denoiser, latents, mask, text_process=o.text_process)
         if shared:
-            self._base_text(logits[:p])
+            targets = o.text_process.targets(*self.rows.need_texts().first(p))
+            # pseudo-texts may be longer than any text
+            self._base_text(logits[:p, : targets[0].shape[1]], *targets)
             latents, mask, logits = (
                 pick_rows(part, p, pairs, others) for part in (latents, mask, logits)
             )
-        self._read_pseudo_texts(latents, mask, logits)
+        self._read_pseudo_texts(latents, mask, logits, there)
 
-    def _l2t(self, latents: Latents, mask: Mask) -> Logits:
-        return l2t(self.denoiser, latents, mask, text_process=self.objective.text_process)
+    def _decode_pairs(self) -> tuple[Logits, Tokens, Mask]:
+        """A decoder pass for the base text loss alone."""
+        o, p = self.objective, self.rows.paired
+        tokens, mask = self.rows.need_texts().first(p)
+        return decode_masked(
+            self.denoiser,
+            tokens,
+            self.rows.need_latents()[:p],
+            mask,
+            text_process=o.text_process,
+            time=o.base_text_time,
+            step=self.step,
+            generator=self.generator,
+        )
 
     def _writing(self) -> AbstractContextManager[object]:
         """Who learns from the pass that writes the pseudo-texts."""
@@ -123,17 +144,18 @@ class Step(NamedTuple):
             return detach()
         return constant(self.objective.latent_policy).bridge_pass(self.denoiser)
 
-    def _base_text(self, logits: Logits) -> None:
-        tokens, mask = self.rows.need_texts().first(self.rows.paired)
+    def _base_text(self, logits: Logits, targets: Tokens, taught: Mask) -> None:
         logits = self._read("text", logits)
-        logits = logits[:, : tokens.shape[1]]  # pseudo-texts may be longer than any text
+        taught = _of_rows(taught, self.rows.has_both)
         count = self.counts.get("text_loss")
-        self.losses["text_loss"] = text_loss(logits, tokens, mask, count=count)
-        hits = (logits.argmax(dim=-1) == tokens) & mask
-        self.metrics["text_accuracy"] = hits.sum() / mask.sum().clamp(min=1)
+        self.losses["text_loss"] = text_loss(logits, targets, taught, count=count)
+        hits = (logits.argmax(dim=-1) == targets) & taught
+        self.metrics["text_accuracy"] = hits.sum() / taught.sum().clamp(min=1)
 
-    def _read_pseudo_texts(self, latents: Latents, mask: Mask, logits: Logits) -> None:
-        """The terms that read what the decoder writes of the latents."""
+    def _read_pseudo_texts(
+        self, latents: Latents, mask: Mask, logits: Logits, there: Rows | None
+    ) -> None:
+        """The terms that read what the decoder writes of the latents, of those that are there."""
         o = self.objective
         given = {**self._processes(), "generator": self.generator}
         y_hat = None
@@ -153,7 +175,7 @@ class Step(NamedTuple):
                     f"bridge returned {y_hat.dtype} ids"
                 )
         if self._runs("cycle_latent"):
-            self.losses["cycle_latent_loss"] = cycle_latent_loss(
+            error = cycle_latent_loss(
                 self.denoiser,
                 latents,
                 mask,
@@ -165,16 +187,22 @@ class Step(NamedTuple):
                 time=self._time(o.bridge_time, latents),
                 policy=constant(o.latent_policy),
                 distance=o.cycle_latent_distance,
-                count=self.counts.get("cycle_latent_loss"),
+                reduction="none",
             )
+            self._mean_latents("cycle_latent_loss", error, there)
         if y_hat is not None:
-            self.losses["text_marginal_loss"] = text_marginal_loss(
+            text, kept = o.text_process.cut(self._read("text_marginal", y_hat), mask)
+            nats = text_marginal_loss(
                 self.denoiser,
-                *o.text_process.cut(self._read("text_marginal", y_hat), mask),
+                text,
+                kept,
                 **given,
                 noise=self._noise(latents),
-                reduction="nats",
-                count=self.counts.get("text_marginal_loss"),
+                reduction="none",
+            )
+            count = self.counts.get("text_marginal_loss", None if there is None else there.sum())
+            self.losses["text_marginal_loss"] = reduce_text(
+                nats, _of_rows(kept, there), reduction="nats", count=count
             )
         if self._runs("sleep"):
             dream = pseudo_text(
@@ -184,14 +212,18 @@ class Step(NamedTuple):
                 bridge="categorical",
                 generator=self.generator,
             )
-            self.losses["sleep_loss"] = ddvi_sleep_loss(
-                self.denoiser,
-                latents,
-                mask,
-                **given,
-                y_hat=dream,
-                count=self.counts.get("sleep_loss"),
+            error = ddvi_sleep_loss(
+                self.denoiser, latents, mask, **given, y_hat=dream, reduction="none"
             )
+            self._mean_latents("sleep_loss", error, there)
+
+    def _mean_latents(self, name: str, error: Float[Tensor, " b *n"], rows: Rows | None) -> None:
+        """A loss as the mean over elements of the rows that are there."""
+        count = self.counts.get(name)
+        if rows is not None:
+            error = only_present(error, rows)
+            count = rows.sum() * error[:1].numel() if count is None else count
+        self.losses[name] = reduce_latents(error, reduction="mean", count=count)
 
     def _encode(self) -> None:
         """The encoder from noise: the base latent loss on paired rows, a bridge for the others."""
@@ -214,9 +246,8 @@ class Step(NamedTuple):
                 self.denoiser, *texts, **self._processes(), start="noise", time=time, noise=noise
             )
             base = encoded._replace(prediction=self._read("latent", encoded.prediction)).first(p)
-            self.losses["latent_loss"] = encoded_loss(
-                base, self.rows.need_latents()[:p], **self._latent_options()
-            )
+            error = encoded_loss(base, self.rows.need_latents()[:p], **self._latent_options())
+            self._mean_latents("latent_loss", error, self.rows.has_both)
             if not reads:
                 return
             z_hat = o.latent_bridge.read(encoded, o.latent_process)
@@ -224,19 +255,28 @@ class Step(NamedTuple):
             z_hat = self._bridge(texts, noise, time, teaches=not apart)
         self.metrics.update(_moments(z_hat.detach()))
         if self.rows.latents is not None:
-            self.metrics["latent_norm"] = _mean_norm(self.rows.latents)
+            self.metrics["latent_norm"] = _mean_norm(self.rows.latents, self.rows.has_latent)
         if self._runs("cycle_text"):
             paired = p if all_pairs else pairs
-            self.losses["cycle_text_loss"] = cycle_text_loss(
+            tokens, mask = texts.pick(paired, pairs, others)
+            nll = cycle_text_loss(
                 self.denoiser,
-                *texts.pick(paired, pairs, others),
+                tokens,
+                mask,
                 **self._processes(),
                 z_hat=pick_rows(self._read("cycle_text", z_hat), paired, pairs, others),
                 bridge=o.latent_bridge,
                 generator=self.generator,
                 policy=constant(o.text_policy),
-                count=self.counts.get("cycle_text_loss"),
+                reduction="none",
             )
+            there = self.rows.has_text
+            taught = _of_rows(
+                o.text_process.taught(mask),
+                None if there is None else pick_rows(there, p, pairs, others),
+            )
+            count = self.counts.get("cycle_text_loss")
+            self.losses["cycle_text_loss"] = reduce_text(nll, taught, reduction="mean", count=count)
         if apart:
             z_hat = self._bridge(texts, noise, time, teaches=True)
         self._regularise(z_hat, texts)
@@ -265,7 +305,7 @@ class Step(NamedTuple):
         """The terms on the aggregate of the encoder's latents."""
         o, p = self.objective, self.rows.paired
         if self._runs("prior"):
-            self.losses["prior_loss"] = prior_loss(
+            loss = prior_loss(
                 o.prior,
                 o.prior_options,
                 self._read("prior", z_hat),
@@ -278,11 +318,15 @@ class Step(NamedTuple):
                 generator=self._common_generator(z_hat) if o.pool_prior else self.generator,
                 count=self.counts.get("prior_loss"),
             )
+            if self.rows.has_text is not None:
+                loss = torch.where(self.rows.has_text.any(), loss, torch.zeros_like(loss))
+            self.losses["prior_loss"] = loss
         if self._runs("contrastive"):
             self.losses["contrastive_loss"] = infonce_loss(
                 self._read("contrastive", z_hat[:p]),
                 self.rows.need_latents()[:p],
                 duplicates=same_text(*texts.first(p)),
+                rows=self.rows.has_both,
                 **o.contrastive_options,
             )
 
@@ -293,7 +337,7 @@ class Step(NamedTuple):
         if time is None:
             time = TimePolicy("uniform", high=highest(o.bridge_time, self.step))
         tokens, mask = self.rows.need_texts().first(p)
-        self.losses["latent_loss"] = t2l_loss(
+        error = t2l_loss(
             self.denoiser,
             tokens,
             self.rows.need_latents()[:p],
@@ -304,6 +348,7 @@ class Step(NamedTuple):
             generator=self.generator,
             **self._latent_options(),
         )
+        self._mean_latents("latent_loss", error, self.rows.has_both)
 
     def _denoise_both(self) -> None:
         """One pass with both parts noised; a row without a partner trains the part it has."""
@@ -314,8 +359,9 @@ class Step(NamedTuple):
         lengths = rows.lengths_to_decode(self.generator)[p:]
         mask = stack_masks(texts.mask, lengths)
         tokens = F.pad(texts.tokens, (0, mask.shape[1] - texts.tokens.shape[1], 0, extra))
-        row = torch.arange(len(mask), device=mask.device)
-        has_text = row < p + alone
+        has_text, has_latent = rows.present()
+        has_text = F.pad(has_text, (0, extra))
+        has_latent = torch.cat([has_latent[:p], has_latent.new_zeros(alone), has_latent[p:]])
         if o.null_rate > 0:
             kept = stratified_times(p, device=mask.device, generator=self.generator) > o.null_rate
             has_text = has_text & F.pad(kept, (0, alone + extra), value=True)
@@ -327,7 +373,7 @@ class Step(NamedTuple):
             mask,
             **self._processes(),
             has_text=has_text,
-            has_latent=(row < p) | (row >= p + alone),
+            has_latent=has_latent,
             latent_time=None if time is None else self._time(time, tokens),
             generator=self.generator,
             text_count=self.counts.get("unconditional_text_loss"),
@@ -347,7 +393,7 @@ class Step(NamedTuple):
             "space": o.latent_space,
             "distance": o.latent_distance,
             "min_snr": o.min_snr,
-            "count": self.counts.get("latent_loss"),
+            "reduction": "none",
         }
 
     def _time(self, time: Number | TimePolicy, like: Tensor) -> Number | Time:
@@ -369,8 +415,14 @@ class Step(NamedTuple):
         return torch.Generator(like.device).manual_seed(self.objective.seed + self.step)
 
 
-def _mean_norm(latents: Latents) -> Tensor:
+def _of_rows(mask: Mask, rows: Rows | None) -> Mask:
+    return mask if rows is None else mask & rows[:, None]
+
+
+def _mean_norm(latents: Latents, rows: Rows | None = None) -> Tensor:
     norms: Tensor = latents.flatten(1).float().norm(dim=1)
+    if rows is not None:  # the others are zeros
+        return norms.sum() / rows.sum().clamp(min=1)
     return norms.sum() / max(len(norms), 1)
 
 

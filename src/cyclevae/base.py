@@ -16,6 +16,7 @@ from cyclevae._types import (
     Latents,
     Logits,
     Loss,
+    Mask,
     MaskLike,
     Number,
     Prediction,
@@ -202,10 +203,27 @@ def l2t_loss(
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
+    text_time: Number | Time | TimePolicy = 1.0,
+    step: int = 0,
+    generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """Train the decoder on pairs: cross-entropy of the text given its latent, text fully masked.
+    """Train the decoder on pairs: cross-entropy of the masked words, given the latent and the rest.
+
+    Fully masked by default: the other words are a help that no cycle gives.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`.
+        latents: clean latents.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        text_time: the rate at which words are masked; a number, `[b]`, or a policy that draws it.
+        step: the training step, for a policy whose cap moves.
+        generator: random state of the draws.
+        reduction: as `text_loss`; `mean` is over the masked words.
+        count: as `text_loss`.
 
     Raises:
         ValueError: wrong shapes or values.
@@ -220,8 +238,42 @@ def l2t_loss(
     """
     _checks.check_choice("reduction", reduction, get_args(Reduction))
     _checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    logits = l2t(denoiser, latents, attention_mask, text_process=text_process)
-    return text_loss(logits, tokens, attention_mask, reduction=reduction, count=count)
+    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    _checks.check_rows("latents", latents, "tokens", tokens)
+    decoded = decode_masked(
+        denoiser,
+        tokens,
+        latents,
+        mask,
+        text_process=text_process,
+        time=text_time,
+        step=step,
+        generator=generator,
+    )
+    return text_loss(*decoded, reduction=reduction, count=count)
+
+
+def decode_masked(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    latents: Latents,
+    mask: Mask,
+    *,
+    text_process: TextProcess,
+    time: Number | Time | TimePolicy,
+    step: int,
+    generator: torch.Generator | None,
+) -> tuple[Logits, Tokens, Mask]:
+    """The L2T pass of `l2t_loss`: logits, what they should be, and where."""
+    targets, taught = text_process.targets(tokens, mask)
+    noisy = None
+    if isinstance(time, TimePolicy):
+        time = time(len(tokens), step=step, device=tokens.device, generator=generator)
+    if isinstance(time, Tensor) or time != 1:
+        time = _checks.as_time("text_time", time, latents)
+        noisy, taught = text_process.mask(tokens, mask, time, generator=generator)
+    logits = l2t(denoiser, latents, mask, text_process=text_process, tokens=noisy, text_time=time)
+    return logits, targets, taught
 
 
 def t2l_loss(

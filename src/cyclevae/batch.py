@@ -8,9 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import Latents, Mask, MaskLike, Tokens
+from cyclevae._types import Latents, Mask, MaskLike, Rows, Tokens
 from cyclevae.bridges import draw_lengths
 from cyclevae.latent_process import LatentProcess
+from cyclevae.passes import only_present
 from cyclevae.text_process import TextProcess
 
 
@@ -28,6 +29,10 @@ class Batch(NamedTuple):
         unpaired_latents: `[b'', d]` or `[b'', n, d]`; they carry no length.
         pseudo_text_mask: `[b'', s'']`, the lengths of the texts to be written for the unpaired
             latents; drawn from the batch's own texts if not given.
+        has_text: bool `[b]`, which of the paired rows really have a text; all if not given. What
+            stands in the others, be it NaN, is not looked at: see `Arranged.borrowed`. Slower than
+            unpaired parts, but shapes stay the same and no value is read.
+        has_latent: bool `[b]`, which of them really have a latent.
 
     Examples:
         >>> import torch
@@ -44,6 +49,8 @@ class Batch(NamedTuple):
     unpaired_attention_mask: MaskLike | None = None
     unpaired_latents: Latents | None = None
     pseudo_text_mask: MaskLike | None = None
+    has_text: Rows | None = None
+    has_latent: Rows | None = None
 
 
 class Texts(NamedTuple):
@@ -69,12 +76,46 @@ class Arranged(NamedTuple):
         texts: all texts, padded to one length.
         latents: all latents.
         pseudo_text_mask: lengths for the unpaired latents, if given.
+        has_text: which of the texts are there; all if None.
+        has_latent: which of the latents are.
     """
 
     paired: int
     texts: Texts | None
     latents: Latents | None
     pseudo_text_mask: Mask | None
+    has_text: Rows | None
+    has_latent: Rows | None
+
+    @property
+    def has_both(self) -> Rows | None:
+        """Which of the paired rows have both parts; all if None."""
+        if self.has_text is None or self.has_latent is None:
+            return None
+        return self.has_text[: self.paired] & self.has_latent[: self.paired]
+
+    def present(self) -> tuple[Bool[Tensor, " texts"], Bool[Tensor, " latents"]]:
+        """Which of the texts and of the latents are there."""
+        texts = None if self.texts is None else self.texts.tokens
+        return _all_if_none(self.has_text, texts), _all_if_none(self.has_latent, self.latents)
+
+    def borrowed(self, generator: torch.Generator | None) -> "Arranged":
+        """Rows without a text with that of a random other row.
+
+        So every pass sees texts as they are, and a statistic of encoded texts sees no other: some
+        of them twice, with noise of their own. Losses of single rows must leave them out. Where no
+        row has a text, one position is kept in each.
+        """
+        if self.has_text is None or self.texts is None:
+            return self
+        tokens, mask = self.texts
+        rows = torch.arange(len(mask), device=mask.device)
+        chance = torch.rand(len(mask), len(mask), device=mask.device, generator=generator)
+        lender = chance.masked_fill(~self.has_text, -1.0).argmax(dim=1)
+        source = torch.where(self.has_text, rows, lender)
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        mask = mask[source] | (first & ~self.has_text.any())
+        return self._replace(texts=Texts(tokens[source], mask))
 
     def need_texts(self) -> Texts:
         """All texts, or an error where there is none."""
@@ -124,6 +165,7 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
             f"put rows without a partner into `batch.unpaired_{given}`"
         )
     _check_devices(batch)
+    batch = _only_present(batch)
     vocab_size, shape = text_process.vocab_size, latent_process.shape
     parts = [
         _texts("", batch.tokens, batch.attention_mask, vocab_size),
@@ -152,7 +194,47 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         texts=_stack_texts([part for part in parts if part is not None], text_process),
         latents=_stack_latents(batch.latents, batch.unpaired_latents),
         pseudo_text_mask=pseudo_text_mask,
+        has_text=_stack_rows(batch.has_text, batch.unpaired_tokens),
+        has_latent=_stack_rows(batch.has_latent, batch.unpaired_latents),
     )
+
+
+def _only_present(batch: Batch) -> Batch:
+    """The batch with zeros, and no kept token, where a paired row lacks a part."""
+    tokens, mask, latents = batch[:3]
+    if batch.has_text is None and batch.has_latent is None:
+        return batch
+    if tokens is None or mask is None or latents is None:
+        raise ValueError(
+            "`batch.has_text` and `batch.has_latent` say which paired rows lack a part, and the "
+            "batch has no pairs"
+        )
+    everyone = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    has_text = everyone if batch.has_text is None else batch.has_text
+    has_latent = everyone if batch.has_latent is None else batch.has_latent
+    _checks.check_row_mask("batch.has_text", has_text, tokens)
+    _checks.check_row_mask("batch.has_latent", has_latent, latents)
+    return batch._replace(
+        tokens=only_present(tokens, has_text, 0),
+        attention_mask=only_present(mask, has_text, 0),
+        latents=only_present(latents, has_latent),
+        has_text=has_text,
+        has_latent=has_latent,
+    )
+
+
+def _all_if_none(rows: Rows | None, like: Tensor | None) -> Rows:
+    if rows is not None:
+        return rows
+    like = torch.zeros(0) if like is None else like
+    return torch.ones(len(like), dtype=torch.bool, device=like.device)
+
+
+def _stack_rows(paired: Rows | None, unpaired: Tensor | None) -> Bool[Tensor, " all"] | None:
+    """Which rows of a direction are there; those without a partner all are."""
+    if paired is None or unpaired is None:
+        return paired
+    return F.pad(paired, (0, len(unpaired)), value=True)
 
 
 def _check_devices(batch: Batch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cyclevae import _checks
 from cyclevae._precision import fp32, no_autocast
-from cyclevae._types import Latents, MaskLike, Number, Scalar, Tokens
+from cyclevae._types import Latents, MaskLike, Number, Rows, Scalar, Tokens
 from cyclevae.latent_process import direction
 
 Critic = Literal["cosine", "euclidean"]
@@ -22,6 +22,7 @@ def infonce_loss(
     temperature: Number = 0.1,
     critic: Critic = "cosine",
     duplicates: Bool[Tensor, "b b"] | None = None,
+    rows: Rows | None = None,
 ) -> Scalar:
     """Symmetric InfoNCE between encoded texts and their latents.
 
@@ -41,6 +42,7 @@ def infonce_loss(
         critic: `cosine` or `euclidean`.
         duplicates: `[b, b]`, pairs of rows that must not count as negatives of each other, such as
             `same_text`; the diagonal is ignored.
+        rows: `[b]`, the pairs to be compared; the others are neither anchors nor negatives.
 
     Raises:
         ValueError: fewer than 2 rows, unequal shapes, latents that are not finite, a temperature
@@ -71,11 +73,18 @@ def infonce_loss(
     with no_autocast(x):
         scores = _cosine(x, y) if critic == "cosine" else -_half_square_distance(x, y)
         scores = scores / temperature
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     if duplicates is not None:
-        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
         scores = scores.masked_fill(duplicates & ~itself, -torch.inf)
+    pairs: Tensor | int = len(x)
+    if rows is not None:
+        _checks.check_row_mask("rows", rows, z_hat)
+        apart = ~(rows & rows[:, None])  # a row alone with itself loses nothing
+        scores = scores.masked_fill(apart, -torch.inf).masked_fill(apart & itself, 0.0)
+        pairs = rows.sum().clamp(min=1)
     partner = torch.arange(len(x), device=x.device)
-    return (F.cross_entropy(scores, partner) + F.cross_entropy(scores.T, partner)) / 2
+    lost = [F.cross_entropy(s, partner, reduction="sum") for s in (scores, scores.T)]
+    return torch.stack(lost).sum() / (2 * pairs)
 
 
 def same_text(tokens: Tokens, attention_mask: MaskLike) -> Bool[Tensor, "b b"]:

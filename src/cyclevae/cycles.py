@@ -125,7 +125,8 @@ def cycle_text_loss(
         logits = l2t(denoiser, crossing, mask, text_process=text_process)
     if policy.freeze:
         refuse_reentrant([logits], bridge=crossing)
-    return text_loss(logits, tokens, mask, reduction=reduction, count=count)
+    tokens, taught = text_process.targets(tokens, mask)
+    return text_loss(logits, tokens, taught, reduction=reduction, count=count)
 
 
 def cycle_latent_loss(

@@ -14,7 +14,7 @@ from cyclevae._prior import reads_teacher
 from cyclevae._step import Step
 from cyclevae._types import Count, Number, Scalar
 from cyclevae.base import AnyDistance
-from cyclevae.batch import Batch, arrange
+from cyclevae.batch import Batch, arrange, pick_rows
 from cyclevae.denoiser import Denoiser
 from cyclevae.non_finite import (
     Guarded,
@@ -82,6 +82,8 @@ class CycleObjective(Planned):
         contrastive_options: `temperature` and `critic` of `infonce_loss`.
         bridge_time: at which the encoder of both cycles starts from noise, a number or a
             `TimePolicy`.
+        base_text_time: the rate at which the base decoder loss masks the text: 1.0 masks all of it
+            and shares the pass that writes pseudo-texts; less, or a `TimePolicy`, shows the rest.
         base_latent_time: of the base encoder loss; 1.0 shares the bridge's pass, None draws
             uniform times up to `bridge_time`; or a `TimePolicy`.
         unconditional_latent_time: of the unconditional mode; stratified uniform if None.
@@ -109,6 +111,8 @@ class CycleObjective(Planned):
             `StepOutput.skip`; `zero`: the term gets no gradient, on all ranks, and the others keep
             theirs. None looks at nothing. The others cost one collective where there are several
             ranks, in every step, so every rank must run as many. Only `skip` compiles.
+        caps: by term, a loss above which it counts as that much and has no gradient, such as
+            `{"text": 100.0}`.
         seed: of the steps that `p_dual` chooses, and of draws that ranks must share.
 
     Raises:
@@ -130,7 +134,8 @@ class CycleObjective(Planned):
 
         For gradients that depend neither on the number of ranks nor on the accumulation steps, sum
         these over both, divide by the number of ranks (DDP averages gradients), and give them to
-        the objective.
+        the objective. Where `base_text_time` is below 1, how many words are masked is drawn, and
+        `text_loss` is left to each batch.
 
         Examples:
             >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -143,34 +148,38 @@ class CycleObjective(Planned):
         like = next((part for part in batch if part is not None), torch.zeros(0))
         zero = torch.zeros((), device=like.device)
         p, texts, latents = rows.paired, rows.texts, rows.latents
-        tokens = paired_tokens = cycled_tokens = zero
+        tokens = paired_tokens = base_tokens = cycled_tokens = cycled = base_latents = zero
+        has_text, has_latent = rows.present()
         if texts is not None:
-            pairs, others = self.cycled(p, len(texts.mask))
-            tokens, paired_tokens = texts.mask.sum(), texts.mask[:p].sum()
-            cycled_tokens = texts.pick(p, pairs, others).mask.sum()
+            taught = self.text_process.taught(texts.mask) & has_text[:, None]
+            tokens, paired_tokens = taught.sum(), taught[:p].sum()
+            base_tokens = (taught[:p] & has_latent[:p, None]).sum()
+            cycled_tokens = pick_rows(taught, p, *self.cycled(p, len(taught))).sum()
         elements = 0 if latents is None else latents[:1].numel()
         width = 1 if latents is None else latents.shape[-1]
-        all_latents = 0 if latents is None else len(latents)
-        cycled = sum(self.cycled(p, all_latents))
+        base_latents = (has_text[:p] & has_latent[:p]).sum()
+        cycled = pick_rows(has_latent, p, *self.cycled(p, len(has_latent))).sum()
 
         def errors(distance: AnyDistance) -> int:  # the cosine has one per vector
             return elements // width if distance == "cosine" else elements
 
         counts = {
-            "text_loss": paired_tokens,
-            "latent_loss": zero + p * errors(self.latent_distance),
+            "text_loss": base_tokens,
+            "latent_loss": base_latents * errors(self.latent_distance),
             # a null rate leaves texts out at random
             "unconditional_text_loss": tokens - self.null_rate * paired_tokens,
-            "unconditional_latent_loss": zero + all_latents * elements,
+            "unconditional_latent_loss": has_latent.sum() * elements,
             "cycle_text_loss": cycled_tokens,
-            "cycle_latent_loss": zero + cycled * errors(self.cycle_latent_distance),
-            "sleep_loss": zero + cycled * elements,
-            "text_marginal_loss": zero + cycled,
+            "cycle_latent_loss": cycled * errors(self.cycle_latent_distance),
+            "sleep_loss": cycled * elements,
+            "text_marginal_loss": cycled,
         }
+        if self.base_text_time != 1.0:
+            del counts["text_loss"]
         if reads_teacher(self.prior):
-            counts["prior_loss"] = zero + (0 if texts is None else len(texts.mask))
+            counts["prior_loss"] = zero + len(has_text)
         # Tensors of their own, so that each may be summed over ranks in place.
-        return {name: count.clone() for name, count in counts.items()}
+        return {name: zero + count for name, count in counts.items()}
 
     def describe(self, step: int = 0) -> str:
         """Who learns from what at a step: a line for each pass that a term may teach.
@@ -294,6 +303,10 @@ class CycleObjective(Planned):
             self, denoiser, teacher, rows, weights, step, generator, counts, {}, {}, verdicts
         )
         run.all()
+        for term, cap in self.caps.items():
+            for name in _LOSSES[term]:
+                if name in run.losses:
+                    run.losses[name] = run.losses[name].clamp(max=cap)
         return run
 
     def _weighted(self, run: Step) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ _PARTS: dict[str, Part] = {
     "text_bridge": TextBridge,
     "latent_bridge": LatentBridge,
     "bridge_time": TimePolicy,
+    "base_text_time": TimePolicy,
     "base_latent_time": TimePolicy,
     "unconditional_latent_time": TimePolicy,
     "high": Anneal,
@@ -77,6 +78,7 @@ class Options:
     pool_prior: bool = False
     contrastive_options: Mapping[str, Any] = field(default_factory=dict)
     bridge_time: Number | TimePolicy = 1.0
+    base_text_time: Number | TimePolicy = 1.0
     base_latent_time: Number | TimePolicy | None = 1.0
     unconditional_latent_time: Number | TimePolicy | None = None
     null_text_rate: Number | None = None
@@ -93,6 +95,7 @@ class Options:
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
     non_finite: NonFinite | None = None
+    caps: Mapping[str, Number] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,6 +121,10 @@ class Options:
             raise ValueError(
                 f"`cycle_every` must be an integer of at least 1, got {self.cycle_every!r}"
             )
+        for term, cap in self.caps.items():
+            if term not in TERMS:
+                raise ValueError(f"unknown term {term!r} in `caps`; {_checks.nearest(term, TERMS)}")
+            _checks.check_positive(f"caps[{term!r}]", cap)
         self._check_times()
         for name, presets in (("text_policy", TEXT_POLICIES), ("latent_policy", LATENT_POLICIES)):
             object.__setattr__(self, name, named_policy(name, getattr(self, name), presets))
@@ -190,7 +197,8 @@ class Options:
         return load(cls, options, _PARTS)
 
     def _check_times(self) -> None:
-        for name in ("bridge_time", "base_latent_time", "unconditional_latent_time"):
+        times = ("bridge_time", "base_text_time", "base_latent_time", "unconditional_latent_time")
+        for name in times:
             time = getattr(self, name)
             if isinstance(time, int | float) and not 0 <= time <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {time!r}")

@@ -53,7 +53,8 @@ def l2t(
         tokens = text_process.fully_masked(mask)
     else:
         _checks.check_tokens("tokens", tokens, text_process.vocab_size)
-        tokens = text_process.pad(tokens, _checks.as_mask("attention_mask", mask, tokens.shape))
+        _checks.as_mask("attention_mask", mask, tokens.shape)
+        tokens = text_process.pad(tokens, text_process.taught(mask))
     output = denoiser.denoise(
         tokens,
         latents,
@@ -288,7 +289,7 @@ def joint(
     )
 
 
-def only_present(values: Tensor, rows: Rows, otherwise: float | Tensor = 0.0) -> Tensor:
+def only_present(values: Tensor, rows: Rows, otherwise: Number | Tensor = 0.0) -> Tensor:
     """Values of the rows that have them; others, without a gradient to the values, elsewhere."""
     return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, otherwise)
 

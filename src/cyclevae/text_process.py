@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from cyclevae import _checks
 from cyclevae._types import AnyTokens, Logits, Mask, Time, Tokens
+
+TaughtPadding = Literal["none", "first", "all"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,12 @@ class TextProcess:
         end_id: where texts carry a last token (`[SEP]`).
         end: of a pseudo-text: `placed` puts `end_id` at the end of the length it was given;
             `predicted` lets the decoder choose `end_id`, and the text ends at the first one.
+        taught_padding: padded positions that the decoder's losses count, with `pad_id` as their
+            token: `none` of them, the `first` after a text, so that the decoder learns to end one,
+            or `all`, as trainers do whose sampler writes padding behind a text.
 
     Raises:
-        ValueError: an id outside the vocabulary.
+        ValueError: an id outside the vocabulary, or padding to be taught without a `pad_id`.
 
     Examples:
         >>> import torch
@@ -42,6 +47,7 @@ class TextProcess:
     start_id: int | None = None
     end_id: int | None = None
     end: Literal["placed", "predicted"] = "placed"
+    taught_padding: TaughtPadding = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special_ids", tuple(self.special_ids))
@@ -54,6 +60,12 @@ class TextProcess:
         _checks.check_choice("end", self.end, ("placed", "predicted"))
         if self.end == "predicted" and self.end_id is None:
             raise ValueError("end='predicted' needs the `end_id` at which a text ends")
+        _checks.check_choice("taught_padding", self.taught_padding, get_args(TaughtPadding))
+        if self.taught_padding != "none" and self.pad_id is None:
+            raise ValueError(
+                f"taught_padding={self.taught_padding!r} needs the `pad_id` that the decoder is to "
+                "write"
+            )
         if len(self.forbidden_ids) >= self.vocab_size:
             raise ValueError("every id of the vocabulary is forbidden; a pseudo-text needs words")
 
@@ -109,10 +121,30 @@ class TextProcess:
             allowed[..., forbidden] = -math.inf
         return allowed
 
+    def taught(self, attention_mask: Mask) -> Mask:
+        """The positions that the decoder's losses count: the kept ones, and `taught_padding`.
+
+        Examples:
+            >>> text = TextProcess(mask_id=2, vocab_size=6, pad_id=0, taught_padding="first")
+            >>> text.taught(torch.tensor([[True, True, False, False]]))
+            tensor([[ True,  True,  True, False]])
+        """
+        match self.taught_padding:
+            case "none":
+                return attention_mask
+            case "first":
+                return attention_mask | ((~attention_mask).cumsum(dim=1) == 1)
+            case "all":
+                return torch.ones_like(attention_mask)
+
+    def targets(self, tokens: Tokens, attention_mask: Mask) -> tuple[Tokens, Mask]:
+        """What the decoder is to write, and the positions that count."""
+        return self.pad(tokens, attention_mask), self.taught(attention_mask)
+
     def fully_masked(self, attention_mask: Mask) -> Tokens:
-        """The text at time 1: the mask id at every kept position, padding elsewhere."""
+        """The text at time 1: the mask id at every taught position, padding elsewhere."""
         tokens = torch.full(attention_mask.shape, self.mask_id, device=attention_mask.device)
-        return self.pad(tokens, attention_mask)
+        return self.pad(tokens, self.taught(attention_mask))
 
     def pad(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
         """Tokens with the padding id where the mask is False."""
@@ -126,7 +158,7 @@ class TextProcess:
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tokens, Mask]:
-        """Mask each kept token independently with its row's rate.
+        """Mask each taught token independently with its row's rate.
 
         Returns:
             The noised tokens `[b, s]`, and which of them were masked.
@@ -134,7 +166,7 @@ class TextProcess:
         draw = torch.rand(
             tokens.shape, dtype=torch.float32, device=tokens.device, generator=generator
         )
-        masked = attention_mask & (draw < rate[:, None])
+        masked = self.taught(attention_mask) & (draw < rate[:, None])
         return self.pad(tokens, attention_mask).masked_fill(masked, self.mask_id), masked
 
     def frame(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:

@@ -113,6 +113,7 @@ def unconditional_loss(
         generator=generator,
     )
     kept = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, kept = text_process.targets(tokens, kept)
     everyone = torch.ones_like(kept[:, 0])
     has_text = everyone if has_text is None else has_text
     has_latent = everyone if has_latent is None else has_latent

@@ -102,7 +102,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     joined = {}
     for name in Batch._fields:
         parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
-        if parts and "latents" not in name:
+        if parts and parts[0].ndim == 2 and "latents" not in name:
             longest = max(part.shape[1] for part in parts)
             parts = [F.pad(part, (0, longest - part.shape[1])) for part in parts]
         joined[name] = torch.cat(parts) if parts else None
