@@ -26,7 +26,7 @@ LAYERS = (
     {"text_process", "latent_process", "times", "gradient_policy"},
     {"denoiser", "policies"},
     {"text_bridges"},
-    {"bridges", "passes", "teacher", "accumulate", "non_finite"},
+    {"bridges", "passes", "teacher", "accumulate", "non_finite", "checkpointing"},
     {"batch", "base", "unmasking", "rloo", "latent_bridges", "contrastive"},
     {"unconditional", "text_marginal", "priors"},
     {"cycles", "_prior"},

@@ -11,6 +11,7 @@ from cyclevae.batch import Batch as Batch
 from cyclevae.bridges import TextBridge as TextBridge
 from cyclevae.bridges import draw_lengths as draw_lengths
 from cyclevae.bridges import pseudo_text as pseudo_text
+from cyclevae.checkpointing import checkpoint_passes as checkpoint_passes
 from cyclevae.contrastive import infonce_loss as infonce_loss
 from cyclevae.contrastive import same_text as same_text
 from cyclevae.cycles import cycle_latent_loss as cycle_latent_loss
