@@ -6,12 +6,13 @@ HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow lint docs mutate clean
+.PHONY: help demo test test-slow test-host lint docs mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
+	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
 	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
 
 demo: .venv/demo
@@ -23,6 +24,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow tests
+
+test-host: .venv/host
+	@test -n "$(CYCLEVAE_HOST)" || { echo "which host? make test-host CYCLEVAE_HOST=/path/to/LGDLM"; exit 1; }
+	CYCLEVAE_HOST="$(abspath $(CYCLEVAE_HOST))" $(BIN)/python -m pytest tests/host $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check src tests examples docs
@@ -50,5 +55,6 @@ clean:
 
 EXTRAS_demo := demo
 EXTRAS_test := test,demo
+EXTRAS_host := test,demo,host
 EXTRAS_dev := dev
 EXTRAS_mutate := test,demo,mutate
