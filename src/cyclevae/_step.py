@@ -58,7 +58,7 @@ class Step(NamedTuple):
     def all(self) -> None:
         """Run the passes, and with them the terms and the statistics."""
         self._check()
-        run = self._replace(rows=self.rows.borrowed(self.generator))
+        run = self._replace(rows=self.rows.borrowed())
         if self._runs("text", *LATENT_HALF):
             run._decode()
         if self._runs("latent", "cycle_text", "prior", "contrastive"):

@@ -99,8 +99,8 @@ class Arranged(NamedTuple):
         texts = None if self.texts is None else self.texts.tokens
         return _all_if_none(self.has_text, texts), _all_if_none(self.has_latent, self.latents)
 
-    def borrowed(self, generator: torch.Generator | None) -> "Arranged":
-        """Rows without a text with that of a random other row.
+    def borrowed(self) -> "Arranged":
+        """Rows without a text with that of the next row that has one; batches are in random order.
 
         So every pass sees texts as they are, and a statistic of encoded texts sees no other: some
         of them twice, with noise of their own. Losses of single rows must leave them out. Where no
@@ -110,9 +110,8 @@ class Arranged(NamedTuple):
             return self
         tokens, mask = self.texts
         rows = torch.arange(len(mask), device=mask.device)
-        chance = torch.rand(len(mask), len(mask), device=mask.device, generator=generator)
-        lender = chance.masked_fill(~self.has_text, -1.0).argmax(dim=1)
-        source = torch.where(self.has_text, rows, lender)
+        distance = (rows - rows[:, None]) % max(len(rows), 1)
+        source = distance.masked_fill(~self.has_text, len(rows)).argmin(dim=1)
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = mask[source] | (first & ~self.has_text.any())
         return self._replace(texts=Texts(tokens[source], mask))
