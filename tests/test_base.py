@@ -13,6 +13,7 @@ from torch import nn
 import cyclevae as cv
 import oracles
 import oracles_latents
+from counters import PeakBytes
 from cyclevae.base import min_snr_weight
 from cyclevae.schedules import anneal
 from cyclevae.testing import toy_batch, toy_denoiser
@@ -974,3 +975,42 @@ def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
     output = objective(denoiser, cv.Batch(tokens, mask, z), step=0, generator=seeded(3))
     torch.testing.assert_close(output.metrics["text_loss"], expected.detach())
     assert "text_loss" not in objective.counts(cv.Batch(tokens, mask, z))
+
+
+# --- cross-entropy in chunks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+def test_chunks_do_not_show(monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr(cv.base, "_chunk", lambda logits: chunk)
+    logits = (5 * torch.randn(3, 4, 7, generator=seeded(0))).to(dtype)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [0]])
+    logits[~mask] = torch.nan
+    tokens = torch.randint(7, (3, 4), generator=seeded(1))
+    exact = logits.double().requires_grad_()
+    logits.requires_grad_()
+    expected = F.cross_entropy(exact[mask], tokens[mask])
+    loss = cv.text_loss(logits, tokens, mask)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    (found,), (gradient,) = (
+        torch.autograd.grad(x, y) for x, y in ((loss, logits), (expected, exact))
+    )
+    assert found.dtype == dtype and not found[~mask].any()
+    torch.testing.assert_close(
+        found.double(), gradient.nan_to_num(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_cross_entropy_keeps_no_copy_of_the_logits():
+    logits = torch.randn(16, 64, 8192, dtype=torch.bfloat16, requires_grad=True)
+    tokens, mask = torch.zeros(16, 64, dtype=torch.long), torch.ones(16, 64, dtype=torch.bool)
+    size = logits.numel() * 2
+    with PeakBytes() as held:
+        loss = cv.text_loss(logits, tokens, mask)
+        assert held.live < 0.01 * size and held.peak < 0.35 * size
+        loss.backward()
+    assert held.peak < 1.6 * size  # the gradient, and one chunk in fp32
