@@ -1,4 +1,4 @@
-"""The YAML for the host, and the page about it, name every key."""
+"""The YAML for the host names every key, with its default."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -21,16 +21,3 @@ def test_the_yaml_holds_every_key_with_its_default():
     names = [f.name for f in fields(LossKeys)]
     assert set(loss) == set(names)
     assert {n for n in names if getattr(keys, n) != getattr(default, n)} == RECOMMENDED
-
-
-def test_the_page_names_what_the_yaml_does_not_explain():
-    page = (ROOT / "docs" / "latentdlm.md").read_text()
-    for name in (
-        "text_loss_padding",
-        "base_loss",
-        "has_text",
-        "has_latent",
-        "resume",
-        "with_cycle",
-    ):
-        assert f"`{name}" in page, name

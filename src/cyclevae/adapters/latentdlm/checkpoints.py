@@ -1,5 +1,6 @@
 """The host's checkpoints: read without running what they hold, and resumed exactly."""
 
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -28,8 +29,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a checkpoint at {file}; give its file or its folder")
     module, name = _STATE
     stand_in = type(name, (), {"__module__": module, "__qualname__": name})
-    with torch.serialization.safe_globals([stand_in]):
-        found = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([stand_in]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, IndexError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as weights alone: {error}") from error
     if not (isinstance(found, dict) and "model_state_dict" in found):
         raise ValueError(f"{file} holds no `model_state_dict`: is it a checkpoint of the host?")
     return found

@@ -1,0 +1,221 @@
+"""The verdicts on checkpoints that were trained in one direction, in both, and on a copy."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from cyclevae.adapters.latentdlm import with_cycle
+from cyclevae.adapters.latentdlm.__main__ import main
+from cyclevae.adapters.latentdlm.check import Check, check
+from cyclevae.adapters.latentdlm.host import text_process_of
+from cyclevae.diagnostics.probes import Probe
+from latentdlm_host import make_host
+
+WORDS, LENGTH, DIM = 12, 6, 8
+
+
+def learnable(rows, seed):
+    """Texts of two words twice, and latents that are a projection of the bag of words."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(5, 5 + WORDS, (rows, 2), generator=generator).sort(dim=1).values
+    ids = torch.zeros(rows, LENGTH, dtype=torch.long)
+    ids[:, 0], ids[:, 1:3], ids[:, 3] = 2, words, 3
+    bags = one_hot(words - 5, WORDS).sum(1).float()
+    projection = torch.randn(WORDS, DIM, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(LENGTH) < 4).float().expand(rows, LENGTH)
+    return {"input_ids": ids, "attention_mask": mask, "latent": normalize(bags @ projection)}
+
+
+def trained(loss_type, parameterization="v_param", steps=300, flavour="stable"):
+    """A report on a host that was trained for a moment."""
+    host = make_host(
+        loss_type=loss_type,
+        parameterization=parameterization,
+        flavour=flavour,
+        latent_dim=DIM,
+        length=LENGTH,
+        vocab=5 + WORDS,
+        cycle_warmup_steps=steps // 2,
+        latent_loss_weight=1.0,
+    )
+    trainer = with_cycle(host)
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for step in range(steps):
+            optimizer.zero_grad()
+            trainer(learnable(32, seed=step + 1), step=step)[0].backward()
+            torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
+            optimizer.step()
+    process = text_process_of(host, "all")
+    return check(host.model, host.latent_diffusion, process, learnable(128, seed=10_000))
+
+
+def supported(report):
+    return {term.name for term in report.terms if term.supported}
+
+
+ALL = {"base L2T", "base T2L", "cycle_text", "cycle_latent", "prior"}
+
+
+def test_l2t_alone_leaves_the_latent_head_untrained():
+    report = trained("l2t")
+    assert supported(report) == {"base L2T"}, report
+    assert {t.first for t in report.terms if not t.supported} == {"warm start"}
+    assert "cycle_warmup_steps: 5000" in report.config
+    assert "latent_parameterization" not in report.config
+
+
+def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
+    report = trained("l2t", "epsilon")
+    assert supported(report) == {"base L2T"}, report
+    assert not report.copies
+    assert report.config.startswith("latent_parameterization: v_param")
+    assert "cycle_latent_t_max: 0.9" in report.config
+
+
+def test_t2l_alone_leaves_the_decoder_deaf():
+    report = trained("t2l")
+    assert supported(report) == {"base T2L", "prior"}, report
+    assert "cycle_warmup_steps: 5000" in report.config
+
+
+def test_the_cycle_supports_everything():
+    report = trained("cycle_vae", steps=500)
+    assert supported(report) == ALL, report
+    assert "cycle_warmup_steps" not in report.config
+    assert report.cosine > 0.5 > abs(report.shuffled_cosine)
+
+
+def test_epsilon_at_full_noise_learns_a_copy():
+    report = trained("t2l", "epsilon")
+    assert report.copies and report.gain > 1e4 and report.time == 0.9
+    assert supported(report) == set(), report
+    base = next(term for term in report.terms if term.name == "base T2L")
+    assert "copy of the noise" in base.why
+    assert base.first == "v_param, warm start"
+
+
+def measured(**changes):
+    values = {
+        "rows": 64,
+        "tokens": 4.0,
+        "prediction": "v_param",
+        "gain": 1.0,
+        "time": 1.0,
+        "copied": 0.0,
+        "text": Probe(right=2.0, shuffled=8.0, empty=5.0, gap_error=0.1),
+        "cosine": 0.8,
+        "shuffled_cosine": 0.0,
+        "cosine_gap_error": 0.02,
+        "error": 0.3,
+        "shuffled_error": 1.5,
+        "norm": 5.0,
+        "target_norm": 5.6,
+    }
+    return Check(**{**values, **changes})
+
+
+def test_a_gap_that_may_be_chance_is_none():
+    assert supported(measured()) == ALL
+    assert supported(measured(cosine_gap_error=0.5)) == {"base L2T"}
+    assert supported(measured(cosine=0.05, cosine_gap_error=0.001)) == {"base L2T"}
+    deaf = Probe(right=7.9, shuffled=8.0, empty=8.0, gap_error=0.1)
+    assert supported(measured(text=deaf)) == {"base T2L", "prior"}
+
+
+def test_epsilon_that_reads_its_text_at_the_cap_keeps_it():
+    report = measured(prediction="epsilon", time=0.9, copied=0.99, gain=6e4)
+    assert supported(report) == ALL
+    assert "v_param" not in report.config and "cycle_bridge_steps: 4" in report.config
+    assert report.terms[-1].first == "cap 0.9, bridge steps"
+
+
+def test_a_wrong_length_asks_for_a_norm():
+    report = measured(norm=1.0)
+    assert report.terms[-1].first == "cycle_bridge_norm"
+    assert "cycle_bridge_norm: 5.6 " in report.config
+    assert "cycle_bridge_norm" not in measured().config
+
+
+def test_the_report_names_every_number():
+    lines = str(measured()).splitlines()
+    assert lines[0].startswith("64 pairs; the model predicts v_param")
+    assert [lines[3][:19], lines[3].split()[4]] == ["L2T, nats per token", "0.5"]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+    assert [row[:2] for row in rows] == [
+        ["term", "supported"],
+        ["base L2T", "yes"],
+        ["base T2L", "yes"],
+        ["cycle_text", "yes"],
+        ["cycle_latent", "yes"],
+        ["prior", "yes"],
+    ]
+
+
+def test_rows_without_a_part_are_left_out():
+    host = make_host(latent_dim=DIM, length=LENGTH, vocab=5 + WORDS)
+    process, batch = text_process_of(host, "all"), learnable(8, seed=0)
+    batch["latent"][0] = 0.0
+    before = {n: p.clone() for n, p in host.model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert check(host.model, host.latent_diffusion, process, batch).rows == 7
+    assert torch.equal(torch.get_rng_state(), state) and host.model.training
+    assert all(torch.equal(p, before[n]) for n, p in host.model.state_dict().items())
+    batch["latent"][1:] = 0.0
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        check(host.model, host.latent_diffusion, process, batch)
+
+
+# The command
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "saved" / "run" / "latest"
+    folder.mkdir(parents=True)
+    path = folder / "checkpoint.pt"
+    torch.save({"model_state_dict": make_host().state_dict()}, path)
+    return path
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "none.pt")]) == 1
+    assert "expected a checkpoint at" in capsys.readouterr().err
+
+
+def test_no_config(checkpoint, capsys):
+    assert main(["check", str(checkpoint)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no config of the run") and "--config" in error
+
+
+def test_a_config_needs_omegaconf(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    config = checkpoint.parents[1] / ".hydra" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("model: {hidden_size: 32}\n")
+    assert main(["check", str(checkpoint)]) == 1
+    assert "pip install omegaconf" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("text")
+    assert main(["check", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_too_few_rows(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", str(checkpoint), "--rows", "1"])
+    assert "--rows must be at least 2" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "cyclevae.adapters.latentdlm", "check", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: expected a checkpoint at")
