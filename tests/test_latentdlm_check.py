@@ -61,6 +61,7 @@ def supported(report):
 ALL = {"base L2T", "base T2L", "cycle_text", "cycle_latent", "prior"}
 
 
+@pytest.mark.slow
 def test_l2t_alone_leaves_the_latent_head_untrained():
     report = trained("l2t")
     assert supported(report) == {"base L2T"}, report
@@ -69,6 +70,7 @@ def test_l2t_alone_leaves_the_latent_head_untrained():
     assert "latent_parameterization" not in report.config
 
 
+@pytest.mark.slow
 def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
     report = trained("l2t", "epsilon")
     assert supported(report) == {"base L2T"}, report
@@ -83,6 +85,7 @@ def test_t2l_alone_leaves_the_decoder_deaf():
     assert "cycle_warmup_steps: 5000" in report.config
 
 
+@pytest.mark.slow
 def test_the_cycle_supports_everything():
     report = trained("cycle_vae", steps=500)
     assert supported(report) == ALL, report
@@ -90,6 +93,7 @@ def test_the_cycle_supports_everything():
     assert report.cosine > 0.5 > abs(report.shuffled_cosine)
 
 
+@pytest.mark.slow
 def test_epsilon_at_full_noise_learns_a_copy():
     report = trained("t2l", "epsilon")
     assert report.copies and report.gain > 1e4 and report.time == 0.9
