@@ -9,6 +9,7 @@ from pathlib import Path
 import harness
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1]))  # for `counters`
 DATA = Path(__file__).parents[2] / "examples" / "latentdlm" / "data.py"
 HOW = (
     "needs the host: git clone https://github.com/Joshua-Zhang-Jiaquan/LGDLM, "
