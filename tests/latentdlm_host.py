@@ -8,6 +8,7 @@ Reference: https://github.com/Joshua-Zhang-Jiaquan/LGDLM.
 """
 
 import math
+import random
 from collections.abc import Mapping
 
 import numpy as np
@@ -458,8 +459,10 @@ def make_host(
             "loss": {"loss_type": "l2t", **loss},
         }
     )
+    state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        random.seed(seed)  # mmdit draws by it which of its streams a block begins with
         model = HostModel(
             vocab,
             latent_dim,
@@ -470,6 +473,7 @@ def make_host(
             dropout=dropout,
             encoder=encoder,
         )
+    random.setstate(state)
     return kind(
         model=model.to(dtype),
         tokenizer=tokenizer,
