@@ -90,7 +90,8 @@ def _host_state(trainer: nn.Module) -> Any:
 
 def _set_at_first_step(trainer: nn.Module, state: dict[str, Any]) -> None:
     def set_once(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
-        if options.get("step") is None:
+        step = options.get("step", inputs[1] if len(inputs) > 1 else None)
+        if step is None:  # an evaluation
             return
         hook.remove()
         torch.set_rng_state(state["torch"])
