@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 from cyclevae.adapters.latentdlm.check import check_checkpoint
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = check_checkpoint(
             given.checkpoint, given.config, given.data, rows=given.rows, seed=given.seed
         )
-    except (OSError, ImportError, ValueError, RuntimeError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, UnpicklingError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(report + "\n")

@@ -303,12 +303,7 @@ def check_checkpoint(
         ImportError: no `omegaconf`, or no host here.
         ValueError: files that do not fit.
     """
-    try:
-        saved = read_checkpoint(path)["model_state_dict"]
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # PyTorch's reader names no kind
-        raise ValueError(f"cannot read {path} as a checkpoint, weights only: {error}") from error
+    saved = read_checkpoint(path)["model_state_dict"]
     where = config or _find_config(path)
     settings = _load(where)
     model, diffusion = _build(saved, settings, where)
