@@ -20,9 +20,9 @@ CORE = {"torch", "einops", "jaxtyping"}
 # From the bottom up; a file may import from the layers below its own, and from nothing else here.
 LAYERS = (
     {"_types", "roles"},
-    {"_selection", "_checks", "_precision"},
+    {"_selection", "_checks", "_precision", "_table"},
     {"_gate"},
-    {"_reduce", "_config", "schedules", "kernels", "pool"},
+    {"_reduce", "_cross_entropy", "_config", "schedules", "kernels", "pool"},
     {"text_process", "latent_process", "times", "gradient_policy"},
     {"denoiser", "policies"},
     {"text_bridges"},

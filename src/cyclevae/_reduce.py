@@ -1,4 +1,4 @@
-"""Averages: the one home of padding, reductions and global counts."""
+"""Averages: the one home of padding, missing rows, reductions and global counts."""
 
 from typing import get_args
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._checks import check_choice, check_nonnegative
-from cyclevae._types import Count, Mask, Number, Reduction
+from cyclevae._types import Count, Mask, Number, Reduction, Rows
 
 
 def reduce_text(
@@ -15,20 +15,23 @@ def reduce_text(
     attention_mask: Mask,
     *,
     reduction: Reduction,
+    rows: Rows | None = None,
     count: Count | None = None,
 ) -> Float[Tensor, "..."]:
     """Reduce per-token losses; padding never counts, and no token at all gives 0 with a graph.
 
     `mean` divides by the kept tokens, or by `count`; `nats` sums over tokens and averages over
-    rows, or divides by `count` rows.
+    rows, or divides by `count` rows. Only `rows` count, if given.
     """
     check_choice("reduction", reduction, get_args(Reduction))
+    if rows is not None:
+        attention_mask = attention_mask & rows[:, None]
     kept = torch.where(attention_mask, per_token, per_token.new_zeros(()))
     if reduction == "none":
         return kept
     if reduction == "mean":
         return kept.sum() / _at_least_one(attention_mask.sum() if count is None else count)
-    return kept.sum() / _divisor(reduction, len(kept), count)
+    return kept.sum() / _divisor(reduction, len(kept) if rows is None else rows.sum(), count)
 
 
 def reduce_latents(
@@ -36,24 +39,34 @@ def reduce_latents(
     *,
     reduction: Reduction,
     variance: Number | Tensor = 1.0,
+    rows: Rows | None = None,
     count: Count | None = None,
 ) -> Float[Tensor, "..."]:
     """Reduce errors per element or per vector; no row at all gives 0 with a graph.
 
     `mean` divides by their number, or by `count`; `nats` is half the (squared) error over
-    `variance`, summed over dimensions, averaged over rows, or divided by `count` rows.
+    `variance`, summed over dimensions, averaged over rows, or divided by `count` rows. Only `rows`
+    count, if given.
     """
     check_choice("reduction", reduction, get_args(Reduction))
+    number: Count = len(error)
+    if rows is not None:
+        error, number = only_present(error, rows), rows.sum()
     if reduction == "none":
         return error
     if reduction == "mean":
-        return error.sum() / _at_least_one(error.numel() if count is None else count)
+        return error.sum() / _at_least_one(number * error[:1].numel() if count is None else count)
     if reduction == "nats":
         error = error / (2 * variance)
-    return error.sum() / _divisor(reduction, len(error), count)
+    return error.sum() / _divisor(reduction, number, count)
 
 
-def _divisor(reduction: Reduction, rows: int, count: Count | None) -> Count:
+def only_present(values: Tensor, rows: Rows, otherwise: Number | Tensor = 0.0) -> Tensor:
+    """Values of the rows that have them; others, without a gradient to the values, elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, otherwise)
+
+
+def _divisor(reduction: Reduction, rows: Count, count: Count | None) -> Count:
     if reduction == "sum":
         return 1.0
     return _at_least_one(rows if count is None else count)

@@ -24,7 +24,7 @@ from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refu
 from cyclevae.latent_bridges import encode_text
 from cyclevae.non_finite import Verdict
 from cyclevae.options import READ_A_BRIDGE, highest
-from cyclevae.passes import draw_noise, l2t, only_present, t2l
+from cyclevae.passes import draw_noise, l2t, t2l
 from cyclevae.policies import constant
 from cyclevae.priors import ddvi_sleep_loss
 from cyclevae.text_marginal import text_marginal_loss
@@ -146,7 +146,8 @@ class Step(NamedTuple):
 
     def _base_text(self, logits: Logits, targets: Tokens, taught: Mask) -> None:
         logits = self._read("text", logits)
-        taught = _of_rows(taught, self.rows.has_both)
+        if self.rows.has_both is not None:
+            taught = taught & self.rows.has_both[:, None]
         count = self.counts.get("text_loss")
         self.losses["text_loss"] = text_loss(logits, targets, taught, count=count)
         hits = (logits.argmax(dim=-1) == targets) & taught
@@ -200,9 +201,9 @@ class Step(NamedTuple):
                 noise=self._noise(latents),
                 reduction="none",
             )
-            count = self.counts.get("text_marginal_loss", None if there is None else there.sum())
+            count = self.counts.get("text_marginal_loss")
             self.losses["text_marginal_loss"] = reduce_text(
-                nats, _of_rows(kept, there), reduction="nats", count=count
+                nats, kept, reduction="nats", rows=there, count=count
             )
         if self._runs("sleep"):
             dream = pseudo_text(
@@ -220,10 +221,7 @@ class Step(NamedTuple):
     def _mean_latents(self, name: str, error: Float[Tensor, " b *n"], rows: Rows | None) -> None:
         """A loss as the mean over elements of the rows that are there."""
         count = self.counts.get(name)
-        if rows is not None:
-            error = only_present(error, rows)
-            count = rows.sum() * error[:1].numel() if count is None else count
-        self.losses[name] = reduce_latents(error, reduction="mean", count=count)
+        self.losses[name] = reduce_latents(error, reduction="mean", rows=rows, count=count)
 
     def _encode(self) -> None:
         """The encoder from noise: the base latent loss on paired rows, a bridge for the others."""
@@ -271,12 +269,13 @@ class Step(NamedTuple):
                 reduction="none",
             )
             there = self.rows.has_text
-            taught = _of_rows(
+            self.losses["cycle_text_loss"] = reduce_text(
+                nll,
                 o.text_process.taught(mask),
-                None if there is None else pick_rows(there, p, pairs, others),
+                reduction="mean",
+                rows=None if there is None else pick_rows(there, p, pairs, others),
+                count=self.counts.get("cycle_text_loss"),
             )
-            count = self.counts.get("cycle_text_loss")
-            self.losses["cycle_text_loss"] = reduce_text(nll, taught, reduction="mean", count=count)
         if apart:
             z_hat = self._bridge(texts, noise, time, teaches=True)
         self._regularise(z_hat, texts)
@@ -413,10 +412,6 @@ class Step(NamedTuple):
     def _common_generator(self, like: Tensor) -> torch.Generator:
         """Draws that are the same on every rank."""
         return torch.Generator(like.device).manual_seed(self.objective.seed + self.step)
-
-
-def _of_rows(mask: Mask, rows: Rows | None) -> Mask:
-    return mask if rows is None else mask & rows[:, None]
 
 
 def _mean_norm(latents: Latents, rows: Rows | None = None) -> Tensor:

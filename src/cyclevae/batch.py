@@ -8,10 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae import _checks
+from cyclevae._reduce import only_present
 from cyclevae._types import Latents, Mask, MaskLike, Rows, Tokens
 from cyclevae.bridges import draw_lengths
 from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import only_present
 from cyclevae.text_process import TextProcess
 
 

@@ -148,7 +148,7 @@ class CycleObjective(Planned):
         like = next((part for part in batch if part is not None), torch.zeros(0))
         zero = torch.zeros((), device=like.device)
         p, texts, latents = rows.paired, rows.texts, rows.latents
-        tokens = paired_tokens = base_tokens = cycled_tokens = cycled = base_latents = zero
+        tokens = paired_tokens = base_tokens = cycled_tokens = zero
         has_text, has_latent = rows.present()
         if texts is not None:
             taught = self.text_process.taught(texts.mask) & has_text[:, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cyclevae import _checks
+from cyclevae._reduce import only_present
 from cyclevae._types import AnyTokens, Latents, Logits, MaskLike, Number, Rows, Time, Tokens
 from cyclevae.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.latent_process import LatentProcess
@@ -287,11 +288,6 @@ def joint(
         text_time,
         latent_time,
     )
-
-
-def only_present(values: Tensor, rows: Rows, otherwise: Number | Tensor = 0.0) -> Tensor:
-    """Values of the rows that have them; others, without a gradient to the values, elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, otherwise)
 
 
 def draw_noise(

@@ -5,13 +5,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from cyclevae import _checks
+from cyclevae._cross_entropy import token_nll
 from cyclevae._precision import fp32
-from cyclevae._reduce import reduce_latents, reduce_text
+from cyclevae._reduce import only_present, reduce_latents, reduce_text
 from cyclevae._types import Count, Latents, MaskLike, Number, Rows, Scalar, Time, Tokens
-from cyclevae.base import token_nll
 from cyclevae.denoiser import Denoiser
 from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import joint, only_present
+from cyclevae.passes import joint
 from cyclevae.text_process import TextProcess
 
 
@@ -122,13 +122,10 @@ def unconditional_loss(
     # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
     nll = token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
     target = latent_process.target(latents, out.noise, out.latent_time)
-    squared = only_present((fp32(out.latent_prediction) - target).square(), has_latent)
-    per_row = reduction == "nats"
+    squared = (fp32(out.latent_prediction) - target).square()
     if text_count is None:
-        text_count = has_text.sum() if per_row else kept.sum()
-    if latent_count is None:
-        latent_count = has_latent.sum() * (1 if per_row else squared[:1].numel())
+        text_count = has_text.sum() if reduction == "nats" else kept.sum()
     return UnconditionalLoss(
         reduce_text(nll, masked, reduction=reduction, count=text_count),
-        reduce_latents(squared, reduction=reduction, count=latent_count),
+        reduce_latents(squared, reduction=reduction, rows=has_latent, count=latent_count),
     )
