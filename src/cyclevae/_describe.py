@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from cyclevae._plan import Planned
+from cyclevae._table import table
 from cyclevae.gradient_policy import GradientPolicy
 from cyclevae.policies import constant
 from cyclevae.roles import ROLES
@@ -35,11 +36,7 @@ def describe(objective: Planned, step: int) -> str:
         names = [(term, f"{weight:g}")] + [("", "")] * (len(passes[term]) - 1)
         for name, part in zip(names, passes[term], strict=True):
             lines.append((*name, part.does, part.learns(), ", ".join(part.frozen) or "-"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return table(lines, left=True)
 
 
 def _passes(o: Planned, text: GradientPolicy, latent: GradientPolicy) -> dict[str, list[_Pass]]:

@@ -8,8 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from cyclevae._table import table
 from cyclevae._types import Scalar
-from cyclevae.diagnostics._table import table
 from cyclevae.gradient_policy import refuse_reentrant
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from cyclevae._table import table
 from cyclevae.diagnostics import verdicts
-from cyclevae.diagnostics._table import table
 from cyclevae.diagnostics.cheat import CheatTest
 from cyclevae.diagnostics.health import LatentHealth, Retrieval
 from cyclevae.diagnostics.probes import Probe

@@ -4,9 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
-from cyclevae.adapters.latentdlm.check import check_checkpoint
+from cyclevae.adapters.latentdlm.files import check_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = check_checkpoint(
             given.checkpoint, given.config, given.data, rows=given.rows, seed=given.seed
         )
-    except (OSError, ImportError, ValueError, RuntimeError, UnpicklingError) as error:
+    except (OSError, ImportError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(report + "\n")

@@ -1,27 +1,21 @@
 """What a checkpoint of the host has learned, and which terms it can be trained on next."""
 
-import contextlib
-import importlib
-import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.nn.utils.rnn import pad_sequence
 
-from cyclevae.adapters.latentdlm.checkpoints import read_checkpoint
+from cyclevae._table import table
 from cyclevae.adapters.latentdlm.host import HostDenoiser, latent_process_of
 from cyclevae.adapters.latentdlm.trainer import rows_of
 from cyclevae.base import latent_loss
 from cyclevae.diagnostics._measuring import measuring, statistics
-from cyclevae.diagnostics._table import table
 from cyclevae.diagnostics.health import latent_health
 from cyclevae.diagnostics.probes import Probe, text_probe
 from cyclevae.diagnostics.verdicts import STRETCH, SURE, ignored_latent
@@ -31,7 +25,6 @@ from cyclevae.text_process import TextProcess
 CAP = 0.9  # where z_hat of an epsilon model is read: at full noise it is rounding alone
 TOLD = 0.1  # of the cosine that another row's text leaves open; below it z_hat tells no text
 COPIED = 0.5  # cosine of a prediction and its input above which it is called a copy
-PACKAGE = "latentDLM_mmdit"
 
 _V_PARAM = """\
 latent_parameterization: v_param   # at the root, where the host reads it: latent_head is retrained
@@ -199,7 +192,7 @@ class Check:
             f"of the latents {_g(self.target_norm)}",
             f"at full noise, prediction and input have cosine {_g(self.copied)}: a copy explains "
             f"{self.copied**2:.0%} of the prediction",
-            _left(verdicts),
+            table(verdicts, left=True, between=" | "),
             "config:\n" + self.config.rstrip("\n"),
         ]
         return "\n\n".join(blocks)
@@ -281,184 +274,5 @@ def check(
     )
 
 
-def check_checkpoint(
-    path: Path,
-    config: Path | None = None,
-    data: Path | None = None,
-    *,
-    rows: int = 64,
-    seed: int = 0,
-) -> str:
-    """The report on a file of the host, by the host's own model, in its checkout.
-
-    Args:
-        path: the checkpoint, or its folder.
-        config: the config of the run; looked for beside the checkpoint if not given.
-        data: a folder with `tokens` and `latents`; the config's own if not given.
-        rows: pairs to read.
-        seed: of their choice, and of the noise.
-
-    Raises:
-        FileNotFoundError: no checkpoint, config or data.
-        ImportError: no `omegaconf`, or no host here.
-        ValueError: files that do not fit.
-    """
-    saved = read_checkpoint(path)["model_state_dict"]
-    where = config or _find_config(path)
-    settings = _load(where)
-    model, diffusion = _build(saved, settings, where)
-    batch = _read_pairs(*_folders(settings, data), rows=rows, seed=seed)
-    wide: Any = model
-    if wide.latent_dim != (width := batch["latent"].shape[1]):
-        raise ValueError(
-            f"the model's latents have {wide.latent_dim} numbers and those of the data {width}: "
-            "give --data, the folder that the model was trained on"
-        )
-    report = check(model, diffusion, _text_process(saved, model, batch), batch, seed=seed)
-    lines = [f"checkpoint {path}, config {where}"]
-    stated = settings.model.get("latent_parameterization")
-    if stated not in (None, diffusion.parameterization):
-        lines.append(
-            f"warning: `model.latent_parameterization` is {stated}, which the host does not read; "
-            f"`latent_parameterization` at the root counts, and means {diffusion.parameterization}"
-        )
-    return "\n".join([*lines, str(report)])
-
-
-def _find_config(path: Path) -> Path:
-    folder = (path if path.is_dir() else path.parent).absolute()
-    places = [folder / "config.yaml"]
-    places += [f / ".hydra" / "config.yaml" for f in (folder, *folder.parents[:2])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(
-        f"no config of the run: the host saves none with {path}, and none of "
-        f"{', '.join(map(str, places))} is there; give --config, such as the .hydra/config.yaml "
-        "that Hydra wrote to `hydra.run.dir`"
-    )
-
-
-def _load(path: Path) -> Any:
-    try:
-        omegaconf: Any = importlib.import_module("omegaconf")
-    except ImportError as error:
-        raise ImportError("the host's config needs omegaconf: pip install omegaconf") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a config at {path}")
-    try:
-        config = omegaconf.OmegaConf.load(path)
-    except Exception as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if "model" not in config:
-        raise ValueError(f"{path} has no `model`: give the config of the run, whole")
-    return config
-
-
-def _build(saved: Mapping[str, Tensor], config: Any, where: Path) -> tuple[nn.Module, Any]:
-    """The host's model with the weights, in fp32, and its noise tables."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the host prints as it is imported
-            models = importlib.import_module(f"{PACKAGE}.models.multimodal_mmdit")
-            diffusions = importlib.import_module(f"{PACKAGE}.continuous_diffusion")
-    except ImportError as error:
-        raise ImportError(
-            f"cannot import the host's {PACKAGE} ({error}): run this in the checkout of the host, "
-            "with the packages that it needs"
-        ) from error
-    weights = {n.removeprefix("model."): w for n, w in saved.items() if n.startswith("model.")}
-    last = [n for n in weights if n.startswith("latent_head.") and n.endswith(".weight")]
-    if "text_head.weight" not in weights or not last:
-        raise ValueError("the checkpoint has no `text_head` and `latent_head`: is it of the host?")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = models.MultimodalMMDiT(
-                config=config.model,
-                vocab_size=len(weights["text_head.weight"]),
-                latent_dim=len(weights[last[-1]]),
-                cluster_size=int("text_head_clusters.weight" in weights),
-            )
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"the weights do not fit `model` in {where}: give the config of the run, with what "
-            f"its command line set: {error}"
-        ) from error
-    with contextlib.redirect_stdout(io.StringIO()):
-        diffusion = diffusions.ContinuousDiffusion(
-            num_timesteps=config.get("latent_timesteps", 1000),
-            beta_schedule=config.get("latent_beta_schedule", "cosine"),
-            parameterization=config.get("latent_parameterization", "epsilon"),
-            device="cpu",
-        )
-    return model, diffusion
-
-
-def _folders(config: Any, data: Path | None) -> tuple[Path, Path]:
-    """Where tokens and latents lie."""
-    if data is not None:
-        return data / "tokens", data / "latents"
-    named = [config.get("data", {}).get(f"{kind}_dir") for kind in ("token", "latent")]
-    if None in named:
-        raise ValueError("the config has no `data.token_dir` and `data.latent_dir`: give --data")
-    return Path(named[0]), Path(named[1])
-
-
-def _read_pairs(tokens: Path, latents: Path, *, rows: int, seed: int) -> dict[str, Tensor]:
-    """A batch as the host's collate makes it, of files drawn at random, cut to its longest text."""
-    import numpy as np
-
-    names = {p: p.name.removesuffix(".npz").removesuffix("_tokens") for p in tokens.glob("*.npz")}
-    pairs = [(p, latents / f"{names[p]}.npy") for p in sorted(names)]
-    pairs = [pair for pair in pairs if pair[1].is_file()]
-    if len(pairs) < 2:
-        raise FileNotFoundError(
-            f"expected pairs NAME_tokens.npz in {tokens} and NAME.npy in {latents}, found "
-            f"{len(pairs)}: give --data FOLDER, which holds tokens/ and latents/"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    ids, masks, vectors = [], [], []
-    for i in torch.randperm(len(pairs), generator=generator)[:rows].tolist():
-        try:
-            with np.load(pairs[i][0], allow_pickle=False) as row:
-                ids.append(torch.from_numpy(row["input_ids"].astype("int64")))
-                masks.append(torch.from_numpy(row["attention_mask"].astype("bool")))
-            vector = np.load(pairs[i][1], allow_pickle=False).astype("float32")
-            vectors.append(torch.from_numpy(vector.reshape(-1, vector.shape[-1])[0]))
-        except Exception as error:
-            raise ValueError(f"cannot read {pairs[i][0]} and its latent: {error}") from error
-    mask = pad_sequence(masks, batch_first=True)
-    length = max(2, int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 0)
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True)[:, :length],
-        "attention_mask": mask[:, :length],
-        "latent": torch.stack(vectors),
-    }
-
-
-def _text_process(
-    saved: Mapping[str, Tensor], model: nn.Module, batch: Mapping[str, Tensor]
-) -> TextProcess:
-    """Its ids without the tokenizer: the mask from the noise schedule, padding from the data."""
-    prior = saved.get("text_noise_schedule.log_prior")
-    if prior is None:
-        raise ValueError("the checkpoint has no `text_noise_schedule.log_prior`, the id of [MASK]")
-    padding = batch["input_ids"][~batch["attention_mask"].bool()]
-    head: Any = model.text_head
-    return TextProcess(
-        mask_id=int(prior.argmax()),
-        vocab_size=head.out_features,
-        pad_id=int(padding.mode().values) if len(padding) else None,
-        taught_padding="all" if len(padding) else "none",
-    )
-
-
 def _g(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _left(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns, all to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
