@@ -1,7 +1,5 @@
 """Text bridges under `torch.compile`: one graph, and the numbers of eager."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -10,16 +8,7 @@ import cyclevae as cv
 from cyclevae.bridges import TextBridge
 from cyclevae.testing import toy_batch, toy_denoiser
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def reversed_argmax(logits, attention_mask, *, text_process, generator):

@@ -1,6 +1,5 @@
 """Checkpointed passes on ranks and under `torch.compile`."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -16,7 +15,7 @@ from rank_cases import LATENT, PARTS, TEXT, makes, network
 from recipes import RECIPES, recipe
 from test_distributed_slow import FINDS_UNUSED, FIRST_STEP, FROZEN, STATIC, fsdp, fsdp2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 # Ranks
@@ -68,15 +67,6 @@ def test_ddp_around_the_network_is_refused():
 
 
 # torch.compile
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
 
 
 def compiled_step(denoiser, objective, compiler):

@@ -3,8 +3,6 @@
 The draws inside a compiled step come from the global random state, since dynamo refuses generators.
 """
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,16 +12,7 @@ from cyclevae._prior import reads_teacher
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import FROZEN, RECIPES, recipe
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def compiled(function):

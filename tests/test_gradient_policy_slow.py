@@ -1,5 +1,4 @@
 import copy
-import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -28,21 +27,11 @@ from test_gradient_policy import (
     toy,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 TORCH_2_5 = torch.__version__.startswith("2.5.")
 
 
 # torch.compile
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    # Inductor and its imports warn about things of their own.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False], ids=["plain", "checkpoint"])

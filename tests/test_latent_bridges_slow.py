@@ -1,7 +1,5 @@
 """Under `torch.compile`: latent bridges, time policies, latent distances and InfoNCE."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,22 +12,13 @@ from cyclevae.schedules import anneal
 from cyclevae.testing import toy_batch, toy_denoiser
 from cyclevae.times import TimePolicy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 BATCH = toy_batch()
 TOKENS, MASK, LATENTS = BATCH.tokens, BATCH.attention_mask, BATCH.latents
 PROCESSES = {"text_process": TEXT, "latent_process": LATENT}
 EPSILON = cv.LatentProcess(prediction="epsilon", shape=(4,))
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
 
 
 def compiled(function, **options):

@@ -10,7 +10,7 @@ from cyclevae.adapters.latentdlm import with_cycle
 from distributed import gather, run_ranks
 from latentdlm_host import make_batch, make_host
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def train_on_a_rank(rank):

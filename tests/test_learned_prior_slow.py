@@ -1,7 +1,5 @@
 """`torch.compile` of the learned prior, DDVI and the text marginal: one graph, as in eager."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,6 +11,7 @@ from cyclevae.testing import toy_batch, toy_denoiser
 from cyclevae.text_marginal import text_marginal_loss
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.slow,
     pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="dynamo of 2.5: graph breaks"),
 ]
@@ -20,15 +19,6 @@ DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 TEACHER = Teacher(toy_denoiser(seed=1)[0].module).denoiser
 BATCH = toy_batch()
 PROCESSES = {"text_process": TEXT, "latent_process": LATENT}
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
 
 
 def gradients(function, inputs, seed):

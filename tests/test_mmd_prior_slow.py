@@ -1,7 +1,5 @@
 """MMD and SIGReg under `torch.compile`: no graph break, the numbers of eager, one compilation."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -9,16 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cyclevae.priors.mmd import mmd_prior
 from cyclevae.priors.sliced import sigreg_prior
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 OPTIONS = {

@@ -1,6 +1,5 @@
 """Every form of the moment prior compiles to one graph, for any number of rows."""
 
-import warnings
 from functools import partial
 from typing import get_args
 
@@ -11,16 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cyclevae.priors.moment import MomentForm, moment_prior
 from oracles_moment import MULTIVARIATE
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's imports warn about things of their own
-        yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 @pytest.mark.parametrize("form", get_args(MomentForm))
