@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from counters import HostSyncs
-from cyclevae.adapters.latentdlm import with_cycle
+from cyclevae.adapters.latentdlm import Marked, collate_marks, with_cycle
 from cyclevae.adapters.latentdlm.host import HostSchedule, latent_process_of
 from latentdlm_host import FLAVOURS, Trainer, make_batch, make_host
 
@@ -638,3 +638,53 @@ def test_a_step_waits_for_no_value(options):
     assert syncs.found == []
     assert all(value.is_meta for value in metrics.values())
     assert all(p.grad is not None for p in trainer.parameters())
+
+
+# Rows that lack a part
+
+
+def collate(items):
+    """As the host's: three keys, and a latent [1, d] of each item."""
+    return {
+        "input_ids": torch.stack([item["input_ids"] for item in items]),
+        "attention_mask": torch.stack([item["attention_mask"] for item in items]),
+        "latent": torch.cat([item["latent"] for item in items]),
+    }
+
+
+def test_marks_reach_the_step_through_the_hosts_collate():
+    batch = make_batch(4)
+    items = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    items = [{**item, "latent": item["latent"][None], "token_file": "x"} for item in items]
+    marked = Marked(items, has_text=[True, True, False, True], has_latent=[True, False, True, True])
+    assert "has_text" not in collate([marked[i] for i in range(4)])
+    loader = torch.utils.data.DataLoader(marked, 4, collate_fn=collate_marks(collate))
+    (loaded,) = loader
+    assert loaded["has_text"].tolist() == marked.marks["has_text"]
+    assert loaded["has_latent"].tolist() == marked.marks["has_latent"]
+    missing = {**batch, "latent": batch["latent"].clone()}
+    missing["latent"][1] = torch.nan  # a row without its latent, found by itself
+    missing["has_text"] = loaded["has_text"]
+    values = [step(cycle(), given)[1] for given in (loaded, missing)]
+    for name in values[0]:
+        torch.testing.assert_close(values[0][name], values[1][name])
+    all_there = step(cycle(), collate([marked[i] for i in range(4)]))[1]
+    assert values[0]["text_loss"] != all_there["text_loss"]
+
+
+def test_marks_of_another_length():
+    with pytest.raises(ValueError, match="`has_text` must have 2 entries, got 1"):
+        Marked([{}, {}], has_text=[True])
+
+
+def test_a_wrapped_trainer_is_not_wrapped_again():
+    with pytest.raises(TypeError, match="got CycleTrainer of an earlier call"):
+        with_cycle(cycle())
+
+
+def test_low_times_need_the_latent_shown_in_every_bridge():
+    low = {"latent_t_mode": "random", "cycle_latent_t_min": 0.1, "cycle_latent_t_max": 0.9}
+    for options in ({}, {"cycle_show_latent": True}):  # the text cycle starts from noise still
+        with pytest.raises(ValueError, match="bridges start from pure noise"):
+            cycle(**low, **options)
+    cycle(**low, cycle_show_latent=True, cycle_text_weight=0.0)

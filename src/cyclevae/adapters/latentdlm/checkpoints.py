@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from cyclevae.adapters.latentdlm.host import this_rank
+
 _STATE = ("latentDLM_mmdit.checkpoints_mmdit", "TrainingState")
-_FIELDS = ("epoch", "epoch_start_step", "step", "total_tokens", "total_flops")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def resume(path: str | Path, trainer: nn.Module, optimizer: torch.optim.Optimize
     optimizer.load_state_dict(found["optimizer_state_dict"])
     saved = found["state"]
     state = _host_state(trainer)(**{name: getattr(saved, name) for name in vars(saved)})
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = this_rank()
     random_state = folder / f"rng_state_{rank}.pt"
     if random_state.is_file():
         _set_at_first_step(trainer, torch.load(random_state, weights_only=True))

@@ -20,7 +20,7 @@ _HOSTS_OWN = ("loss_type", "loss_scale", "reduction", "use_cross_entropy", "text
 _IDS = ("argmax", "categorical", "unmask", "rloo")
 _PADDING: dict[str, TaughtPadding] = {"host": "all", "first": "first", "exclude": "none"}
 _WITHOUT_A_TEACHER = ("moment", "mmd", "sigreg")
-_RARELY = 0.5  # of the amplitude of a latent, of which pure noise has none
+_SIGNAL = 0.5  # of a latent's amplitude, above which pure noise does not pass for a noised latent
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class LossKeys:
                 f"min <= max <= 1, got {low!r} and {high!r}"
             )
         alpha = process.alpha_sigma(torch.tensor([float(low)]))[0].item()
-        if alpha > _RARELY and not self.cycle_show_latent:
+        from_noise = self.cycle_text_weight or self.prior_weight or not self.cycle_show_latent
+        if alpha > _SIGNAL and from_noise:
             raise ValueError(
                 f"`loss.cycle_latent_t_min` = {low:g}: bridges start from pure noise, which the "
                 f"model would take there for a latent with {alpha:.0%} of its amplitude left; set "

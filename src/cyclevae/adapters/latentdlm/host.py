@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cyclevae import _checks
@@ -15,6 +16,11 @@ from cyclevae.text_process import TaughtPadding, TextProcess
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "x0": "x0", "v_param": "v"}
 _HEADS = ("text_head", "text_head_clusters")
 _ENCODER_ONLY, _DECODER_ONLY = ("latent_head.*",), ("text_head.*", "text_head_clusters.*")
+
+
+def this_rank() -> int:
+    """The number of this process in the host's group; 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class HostDenoiser:

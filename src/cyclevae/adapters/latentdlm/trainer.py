@@ -6,11 +6,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cyclevae.adapters.latentdlm.config import CYCLE, LossKeys, check_loss_type
-from cyclevae.adapters.latentdlm.host import HostDenoiser
+from cyclevae.adapters.latentdlm.host import HostDenoiser, this_rank
 from cyclevae.batch import Batch
 from cyclevae.checkpointing import checkpoint_passes
 from cyclevae.objective import StepOutput
@@ -38,8 +37,10 @@ def with_cycle(trainer: nn.Module) -> "CycleTrainer":
     """
     name = type(trainer).__name__
     missing = [part for part in _CONTRACT if not hasattr(trainer, part)]
-    if name == "MultimodalDiffusionTrainer" or missing:
-        lacks = f", which lacks {', '.join(missing)}" if missing else ", the host's older class"
+    if name in ("MultimodalDiffusionTrainer", "CycleTrainer") or missing:
+        lacks = {"CycleTrainer": " of an earlier call"}.get(name, ", the host's older class")
+        if missing:
+            lacks = f", which lacks {', '.join(missing)}"
         raise TypeError(
             "`trainer` must be a constructed MultimodalDiffusionTrainer_new of latentDLM_mmdit, "
             f"got {name}{lacks}"
@@ -163,20 +164,20 @@ class CycleTrainer(nn.Module):
 
     def _announce(self, step: int) -> None:
         self._announced = True
-        if self._objective is None or (dist.is_initialized() and dist.get_rank()):
+        objective = self._objective
+        if objective is None or this_rank():
             return
-        terms = [f"{term} {weight:g}" for term, weight in self._objective.weights(step).items()]
+        terms = [f"{term} {weight:g}" for term, weight in objective.weights(step).items()]
         later = [
             f"{name} from step {weight.warmup_steps}"
             for name in ("cycle_text", "cycle_latent", "prior")
-            if getattr(weight := getattr(self._objective, f"{name}_weight"), "warmup_steps", 0)
-            > step
+            if getattr(weight := getattr(objective, f"{name}_weight"), "warmup_steps", 0) > step
         ]
         _log.info(
             "cyclevae: step %d: %s; %d passes",
             step,
             ", ".join(terms + later),
-            self._objective.passes(step),
+            objective.passes(step),
         )
 
 
