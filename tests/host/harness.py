@@ -1,27 +1,20 @@
 """Run the training entry of the host, LGDLM, as its users do: a process, a config, a folder.
 
-The checkout is only read. An edit goes to a copy of the entry file, so it is what a user would have
-typed, at the place where they would.
+`examples/latentdlm/launch.py` types the lines and starts the process.
 """
 
 import json
-import os
 import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import indent
 from types import SimpleNamespace
 
 import torch
 
-import cyclevae
-
-PACKAGE = "latentDLM_mmdit"
-IMPORT = "from cyclevae.adapters.latentdlm import with_cycle"
-WITH_CYCLE = "trainer = with_cycle(trainer)"
-BEFORE = "# ---------------- Data ----------------"  # the trainer is built or resumed, not compiled
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "latentdlm"))
+from launch import IMPORT, PACKAGE, command, edit, environment
 
 
 @dataclass(frozen=True)
@@ -77,15 +70,10 @@ def train(
         edited = edit(script.read_text(encoding="utf-8"), block, imports)
         script = folder / entry
         script.write_text(edited, encoding="utf-8")
-    # Beside a copy Hydra finds no configs; the default one, `mmdit`, lacks what the code reads.
-    command = [sys.executable, str(script), "--config-name", "mmdit_stable"]
-    command += ["--config-path", str(checkout / PACKAGE / "configs")]
-    command += [f"hydra.run.dir={literal(str(folder / 'hydra'))}"]
     values = config(data, folder, steps, batch) | (overrides or {})
-    # Not every fork has every key, and the config takes no new ones: ++ sets or adds.
-    command += [f"++{key}={literal(value)}" for key, value in values.items()]
     done = subprocess.run(
-        command,
+        # the default config, `mmdit`, lacks what the code reads
+        command(checkout, script, "mmdit_stable", folder / "hydra", values),
         cwd=checkout,
         env=environment(checkout),
         stdout=subprocess.PIPE,
@@ -101,26 +89,6 @@ def train(
     log = saved / "training_log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return Run(done.returncode, done.stdout, rows, saved / "latest" / "checkpoint.pt")
-
-
-def edit(source, block, imports=IMPORT):
-    """The entry file with `imports` at its top and `block` where the trainer is ready."""
-    lines = source.splitlines(keepends=True)
-    places = [i for i, line in enumerate(lines) if BEFORE in line]
-    if len(places) != 1:
-        raise AssertionError(f"expected one line with {BEFORE!r} in the entry, got {len(places)}")
-    margin = lines[places[0]][: -len(lines[places[0]].lstrip())]
-    lines.insert(places[0], indent(block, margin) + "\n")
-    return imports + "\n" + "".join(lines)
-
-
-def literal(value):
-    """A plain value in the grammar of Hydra, which is JSON but for keys without quotes."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(literal, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def config(data, folder, steps, batch):
@@ -154,18 +122,4 @@ def config(data, folder, steps, batch):
         "logging.save_dir": str(folder / "saved"),
         "logging.wandb_dir": str(folder),
         "logging.save_freq": steps,
-    }
-
-
-def environment(checkout):
-    """One thread on the CPU, no network, no file in the checkout, and the cyclevae under test."""
-    paths = [checkout, Path(cyclevae.__file__).parents[1]]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUTF8": "1",  # the host prints signs that an ASCII terminal cannot
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HYDRA_FULL_ERROR": "1",
     }

@@ -4,13 +4,13 @@ import shutil
 import subprocess
 import sys
 
-import harness
+from launch import environment
 
 
 def check(checkout, *arguments):
     command = [sys.executable, "-m", "cyclevae.adapters.latentdlm", "check", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=checkout, env=harness.environment(checkout), capture_output=True, text=True
+        command, cwd=checkout, env=environment(checkout), capture_output=True, text=True
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-import harness
+import launch
 import pytest
 import torch
 
@@ -86,11 +86,11 @@ def test_a_failure_shows_the_last_lines(train):
 
 def test_every_entry_has_one_place_for_the_edit(checkout):
     for entry in ("train_mmdit.py", "train_mmdit_stable.py"):
-        source = (checkout / harness.PACKAGE / entry).read_text(encoding="utf-8")
-        edited = harness.edit(source, harness.WITH_CYCLE)
+        source = (checkout / launch.PACKAGE / entry).read_text(encoding="utf-8")
+        edited = launch.edit(source, launch.WITH_CYCLE)
         compile(edited, entry, "exec")
         added = [line for line in edited.splitlines() if line not in source.splitlines()]
-        assert added == [harness.IMPORT, "    " + harness.WITH_CYCLE]
+        assert added == [launch.IMPORT, "    " + launch.WITH_CYCLE]
         assert edited.index("# ---------------- Optional comp") > edited.index(
             "with_cycle(trainer)"
         )

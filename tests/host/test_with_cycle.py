@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from harness import WITH_CYCLE
+from launch import KEEP, WITH_CYCLE
 
 from cyclevae.adapters.latentdlm import with_cycle
 
@@ -15,15 +15,6 @@ ENTRIES = ["train_mmdit_stable.py", "train_mmdit.py"]
 V = {"latent_parameterization": "v_param"}
 CYCLE = {"loss.loss_type": "cycle_vae", **V}
 RESUME = "from cyclevae.adapters.latentdlm import resume, with_cycle"
-# The host overwrites its checkpoint: each is copied to a folder of its step. The random state is
-# what it writes last. `main` would take an assignment for a local name.
-KEEP = """
-def keep(path, rank, save=save_rng_state):
-    import shutil
-    save(path, rank)
-    shutil.copytree(path, f"{path}-{state.step}")
-globals()["save_rng_state"] = keep
-"""
 
 
 @pytest.fixture
