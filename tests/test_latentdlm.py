@@ -2,6 +2,8 @@
 
 import copy
 import logging
+from collections import UserList
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -401,6 +403,76 @@ def test_a_typo_is_named(key, nearest):
         cycle(**{key: 1.0})
     with pytest.raises(ValueError, match=f"`loss.{key}`"):
         with_cycle(make_host(loss_type="l2t", **{key: 1.0}))
+
+
+REACHES = {
+    "text_loss_weight": (2.0, "text_weight"),
+    "unconditional_loss_weight": (0.5, "unconditional_weight"),
+    "prior_name": ("moment", "prior"),
+    "prior_pool": (True, "pool_prior"),
+    "cycle_show_latent": (True, "show_latent"),
+    "cycle_latent_distance": ("cosine", "cycle_latent_distance"),
+    "cycle_latent_sampling": ("categorical", "text_bridge"),
+    "cycle_p_dual": (0.3, "p_dual"),
+    "cycle_every": (2, "cycle_every"),
+    "cycle_fraction": (0.5, "cycle_fraction"),
+    "cycle_non_finite": ("raise", "non_finite"),
+    "cycle_seed": (7, "seed"),
+    "cycle_max_gain": (5.0, "latent_process.max_gain"),
+    "cycle_bridge_steps": (2, "latent_bridge.steps"),
+    "cycle_bridge_noise": (0.1, "latent_bridge.noise"),
+    "cycle_bridge_norm": (3.0, "latent_bridge.norm"),
+    "cycle_bridge_threshold": (2.0, "latent_bridge.threshold"),
+    "cycle_text_policy": ("full", "text_policy.bridge"),
+}
+
+
+@pytest.mark.parametrize("key", REACHES)
+def test_a_key_reaches_the_objective(key):
+    value, name = REACHES[key]
+    options = {"cycle_bridge_steps": 3}  # noise needs more than one
+    assert attrgetter(name)(cycle(**options)._objective) != value
+    assert attrgetter(name)(cycle(**{**options, key: value})._objective) == value
+
+
+def test_policies_by_their_keys():
+    options = {"cycle_stop_grad_latent": False, "cycle_latent_sampling": "rloo"}
+    objective = cycle(**options, cycle_latent_policy="full")._objective
+    assert objective.text_policy.bridge == objective.latent_policy.bridge == "full"
+    objective = cycle()._objective
+    assert objective.text_policy.bridge == objective.latent_policy.bridge == "detach"
+
+
+def test_options_of_the_prior_become_plain():
+    given = {"mean": UserList([0.5] * 8), "variance": 0.5}
+    objective = cycle(prior_weight=1.0, prior_name="moment", prior_options=given)._objective
+    assert objective.prior_options["mean"].tolist() == [0.5] * 8
+    assert objective.prior_options["variance"] == 0.5
+    assert type(objective.prior_options) is dict
+
+
+def test_random_times_keep_their_ends():
+    options = {"latent_t_mode": "random", "cycle_latent_t_max": 0.9, "text_t_mode": "random"}
+    times = cycle(**options, cycle_latent_t_min=0.8)._objective
+    ends = [(t.low, t.high) for t in (times.base_text_time, times.base_latent_time)]
+    assert ends == [(1e-4, 1 - 1e-4), (0.0, 1.0)]
+    assert (times.bridge_time.low, times.bridge_time.high) == (0.8, 0.9)
+    assert cycle(**options)._objective.bridge_time == 0.9
+
+
+def test_the_stable_file_caps_its_losses():
+    caps = {flavour: cycle(flavour=flavour)._objective.caps for flavour in ("stable", "plain")}
+    assert caps == {"stable": {"text": 100.0, "latent": 10.0}, "plain": {}}
+    assert cycle(base_loss="corrected")._objective.caps == {}
+
+
+def test_a_compiled_run_does_not_look_for_bad_terms():
+    found = [
+        cycle(cycle_non_finite=key, training={"compile_model": compiles})._objective.non_finite
+        for key in ("zero", "raise")
+        for compiles in (False, True)
+    ]
+    assert found == ["zero", None, "raise", "raise"]
 
 
 def test_keys_of_the_host_are_left_to_it():
