@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from counters import HostSyncs
 from cyclevae.adapters.latentdlm import Marked, collate_marks, with_cycle
+from cyclevae.adapters.latentdlm import trainer as trainer_module
 from cyclevae.adapters.latentdlm.host import HostSchedule, latent_process_of
+from cyclevae.adapters.latentdlm.trainer import rows_of
 from latentdlm_host import FLAVOURS, Trainer, make_batch, make_host
 
 BASE = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}
@@ -343,6 +345,27 @@ def test_evaluation_weighs_as_the_last_step_did():
     assert "cycle_text_loss" in trainer(batch)[1]
 
 
+@pytest.mark.parametrize(
+    "options", [{"cycle_every": 5}, {"cycle_p_dual": 0.01}, {"cycle_fraction": 0.25}]
+)
+def test_evaluation_runs_every_cycle_on_every_row(options):
+    batch = make_batch()
+    assert torch.equal(cycle(**options)(batch)[0], cycle()(batch)[0])
+
+
+def test_the_seed_is_that_of_evaluations_too():
+    batch = make_batch()
+    first, again, other = (cycle(cycle_seed=seed)(batch)[0] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_evaluation_hides_no_bad_term():
+    trainer, batch = cycle(), make_batch()
+    trainer.model.text_head.bias.data.fill_(torch.nan)
+    assert trainer(batch, step=0)[0].isfinite()
+    assert trainer(batch)[0].isnan()
+
+
 # Bad rows
 
 
@@ -370,6 +393,19 @@ def test_a_bad_row_is_a_marked_one(what):
         results.append((metrics, gradients(trainer)))
     for mine, marked in zip(*results, strict=True):
         assert_same(mine, marked)
+
+
+def test_a_mark_does_not_mend_a_row():
+    batch = spoil(make_batch(), [1], "blank")
+    marks = {name: torch.tensor([True, True, False, True]) for name in ("has_text", "has_latent")}
+    found = rows_of({**batch, **marks})
+    assert found.has_text.tolist() == found.has_latent.tolist() == [True, False, False, True]
+
+
+def test_half_precision_latents_are_widened():
+    for given, kept in {torch.bfloat16: torch.float32, torch.float64: torch.float64}.items():
+        batch = make_batch()
+        assert rows_of({**batch, "latent": batch["latent"].to(given)}).latents.dtype == kept
 
 
 @pytest.mark.parametrize("what", [torch.nan, "blank"])
@@ -545,6 +581,13 @@ def test_one_line_at_the_first_step(caplog):
     ]
 
 
+def test_the_first_rank_speaks_alone(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "cyclevae")
+    monkeypatch.setattr(trainer_module, "this_rank", lambda: 1)
+    cycle()(make_batch(), step=0)
+    assert caplog.messages == []
+
+
 def test_other_classes():
     older = type("MultimodalDiffusionTrainer", (Trainer,), {})
     host = make_host()
@@ -631,6 +674,7 @@ def test_it_is_saved_and_loaded_as_the_host():
         _ = trainer.no_such_thing
     assert not trainer.eval().host.training and not host.model.training
     assert trainer.train().host.training
+    assert not with_cycle(make_host(loss_type="cycle_vae").eval()).training
     assert trainer(batch, step=3)[0].isfinite() and host.current_step == 3
 
 
