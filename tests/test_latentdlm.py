@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from counters import HostSyncs
 from cyclevae.adapters.latentdlm import Marked, collate_marks, with_cycle
 from cyclevae.adapters.latentdlm import trainer as trainer_module
-from cyclevae.adapters.latentdlm.host import HostSchedule, latent_process_of
+from cyclevae.adapters.latentdlm.host import (
+    HostDenoiser,
+    HostSchedule,
+    latent_process_of,
+    text_process_of,
+)
 from cyclevae.adapters.latentdlm.trainer import rows_of
 from latentdlm_host import FLAVOURS, Trainer, make_batch, make_host
 
@@ -157,6 +162,42 @@ def test_a_failed_pass_leaves_the_heads_as_they_were():
     assert not trainer._plain.unread
     trainer.host.loss_type = "l2t"
     assert trainer.host(make_batch())[0].isfinite()
+
+
+@pytest.mark.parametrize("clusters", [0, 4])
+def test_the_heads_have_the_roles(clusters):
+    roles = HostDenoiser(make_host(cluster_size=clusters).model).roles
+    assert roles.encoder_only == ("latent_head.*",)
+    assert roles.decoder_only == ("text_head.*", "text_head_clusters.*")[: 1 + bool(clusters)]
+
+
+def denoise(tokens, need="both"):
+    batch, time = make_batch(), torch.ones(4)
+    mask = batch["attention_mask"].bool()
+    times = {"text_time": time, "latent_time": time, "attention_mask": mask}
+    return HostDenoiser(make_host().model).denoise(tokens, batch["latent"], **times, need=need)
+
+
+def test_a_pass_gives_what_is_needed_alone():
+    for need, given in {"logits": (1, 0), "latents": (0, 1), "both": (1, 1)}.items():
+        output = denoise(make_batch()["input_ids"], need)
+        parts = output.logits, output.latent_prediction
+        assert tuple(part is not None for part in parts) == given
+
+
+@pytest.mark.unhooked
+def test_a_relaxed_text_is_refused():
+    with pytest.raises(TypeError, match="reads ids, and a relaxed text is none"):
+        denoise(F.one_hot(make_batch()["input_ids"], 40).float())
+
+
+def test_columns_that_stand_for_no_token_are_never_chosen():
+    host = make_host(vocab=40)
+    host.tokenizer.vocab_size = 37
+    process = text_process_of(host, "all")
+    assert process.vocab_size == 40 and process.special_ids == (37, 38, 39)
+    del host.model.text_head
+    assert text_process_of(host, "all").vocab_size == 37
 
 
 def test_shapes_of_latents_and_kinds_of_masks():
