@@ -1,11 +1,14 @@
 """The verdicts on checkpoints that were trained in one direction, in both, and on a copy."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch.nn.functional import normalize, one_hot
+import yaml
+from torch import nn
+from torch.nn.functional import cosine_similarity, normalize, one_hot
 
 from cyclevae.adapters.latentdlm import with_cycle
 from cyclevae.adapters.latentdlm.__main__ import main
@@ -103,6 +106,9 @@ def test_epsilon_at_full_noise_learns_a_copy():
     assert base.first == "v_param, warm start"
 
 
+DEAF = Probe(right=7.9, shuffled=8.0, empty=8.0, gap_error=0.1)
+
+
 def measured(**changes):
     values = {
         "rows": 64,
@@ -127,8 +133,29 @@ def test_a_gap_that_may_be_chance_is_none():
     assert supported(measured()) == ALL
     assert supported(measured(cosine_gap_error=0.5)) == {"base L2T"}
     assert supported(measured(cosine=0.05, cosine_gap_error=0.001)) == {"base L2T"}
-    deaf = Probe(right=7.9, shuffled=8.0, empty=8.0, gap_error=0.1)
-    assert supported(measured(text=deaf)) == {"base T2L", "prior"}
+    assert supported(measured(cosine=0.97, shuffled_cosine=0.9)) == ALL  # of the 0.1 that is left
+    assert supported(measured(text=DEAF)) == {"base T2L", "prior"}
+
+
+def test_only_epsilon_is_said_to_copy():
+    for prediction, why in {"epsilon": "a copy of the noise", "v_param": "tells no text"}.items():
+        base = measured(prediction=prediction, copied=0.9, cosine=0.0).terms[1]
+        assert why in base.why
+
+
+def test_the_larger_cure_comes_first():
+    report = measured(prediction="epsilon", cosine=0.0, text=DEAF, time=0.9, norm=20.0)
+    firsts = {term.name: term.first for term in report.terms}
+    assert firsts.pop("base L2T") == "warm start"
+    assert set(firsts.values()) == {"v_param, warm start"}
+    assert "cycle_bridge_norm" not in report.config  # the length of a latent that tells nothing
+    now, later = report.config.split("# or, which keeps epsilon:\n")
+    keys = yaml.safe_load(now)
+    assert keys.pop("latent_parameterization") == "v_param"
+    kept = {"latent_t_mode": "random", "cycle_latent_t_max": 0.9, "cycle_bridge_steps": 4}
+    lines = [line.removeprefix("# ") for line in later.splitlines()]
+    assert all(line.startswith("# ") for line in later.splitlines())
+    assert yaml.safe_load("\n".join(lines)) == {"loss": {**keys["loss"], **kept}}
 
 
 def test_epsilon_that_reads_its_text_at_the_cap_keeps_it():
@@ -139,16 +166,22 @@ def test_epsilon_that_reads_its_text_at_the_cap_keeps_it():
 
 
 def test_a_wrong_length_asks_for_a_norm():
-    report = measured(norm=1.0)
-    assert report.terms[-1].first == "cycle_bridge_norm"
-    assert "cycle_bridge_norm: 5.6 " in report.config
+    for norm in (1.0, 20.0):
+        report = measured(norm=norm)
+        assert report.terms[-1].first == "cycle_bridge_norm"
+        assert "cycle_bridge_norm: 5.6 " in report.config
     assert "cycle_bridge_norm" not in measured().config
 
 
 def test_the_report_names_every_number():
-    lines = str(measured()).splitlines()
+    lines = str(measured(copied=0.7)).splitlines()
     assert lines[0].startswith("64 pairs; the model predicts v_param")
-    assert [lines[3][:19], lines[3].split()[4]] == ["L2T, nats per token", "0.5"]
+    assert [" ".join(line.split()) for line in lines[3:6]] == [
+        "L2T, nats per token 0.5 2 1.5 +- 0.03",
+        "T2L, cosine of z_hat and latents 0.8 0 0.8 +- 0.02",
+        "T2L, error as share of variance 0.3 1.5 1.2",
+    ]
+    assert lines[9].endswith("have cosine 0.7: a copy explains 49% of the prediction")
     rows = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
     assert [row[:2] for row in rows] == [
         ["term", "supported"],
@@ -160,16 +193,90 @@ def test_the_report_names_every_number():
     ]
 
 
+class Bags(nn.Module):
+    """Predicts the mean embedding of the kept words; or at full noise its input."""
+
+    def __init__(self, *, copies=False):
+        super().__init__()
+        self.words, self.copies = nn.Embedding(5 + WORDS, DIM), copies
+
+    def encode(self, tokens, mask):
+        return (self.words(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def forward(self, text_tokens, latents, text_timesteps, latent_timesteps, attention_mask):
+        bags = self.encode(text_tokens, attention_mask)[:, None]
+        noise = (latent_timesteps == 1)[:, None, None]
+        logits = latents.new_zeros(*text_tokens.shape, 5 + WORDS)
+        return logits, torch.where(noise & self.copies, latents, bags)
+
+
+def rows(number=6):
+    batch = learnable(number, seed=0)
+    batch["attention_mask"] = batch["attention_mask"].clone()
+    batch["attention_mask"][0, 2:] = 0
+    return batch
+
+
+def test_the_numbers_are_those_of_the_formulas():
+    torch.manual_seed(0)
+    model, host, batch = Bags(), make_host(parameterization="x0", vocab=5 + WORDS), rows()
+    batch["latent"] = 2 * batch["latent"]
+    report = check(model, host.latent_diffusion, text_process_of(host, "all"), batch)
+    ids, mask, z = batch["input_ids"], batch["attention_mask"], batch["latent"]
+    right = model.encode(ids, mask).detach()
+    shuffled = right.roll(1, 0)  # another row's text has its own length
+    near, far = (cosine_similarity(x, z, dim=1) for x in (right, shuffled))
+    variance = z.var(dim=0).sum()
+    expected = {
+        "rows": 6,
+        "tokens": (5 * 4 + 2) / 6,
+        "gain": 1.0,
+        "time": 1.0,
+        "cosine": near.mean(),
+        "shuffled_cosine": far.mean(),
+        "cosine_gap_error": (near - far).std() / math.sqrt(6),
+        "error": (right - z).square().sum(1).mean() / variance,
+        "shuffled_error": (shuffled - z).square().sum(1).mean() / variance,
+        "norm": right.norm(dim=1).mean(),
+        "target_norm": z.square().sum(1).mean().sqrt(),
+    }
+    found = {name: getattr(report, name) for name in expected}
+    assert found == pytest.approx({n: float(x) for n, x in expected.items()}, rel=1e-5)
+
+
+def test_what_is_read_at_full_noise_and_what_below_the_cap():
+    torch.manual_seed(0)
+    model, batch = Bags(copies=True), rows()
+    gains = {}
+    for prediction in ("epsilon", "v_param"):
+        host = make_host(parameterization=prediction, vocab=5 + WORDS)
+        process = text_process_of(host, "all")
+        report = check(model, host.latent_diffusion, process, batch, cap=0.999)
+        assert report.time == {"epsilon": 0.999, "v_param": 1.0}[prediction]
+        assert report.copied == pytest.approx(1.0)
+        gains[prediction] = report.gain
+    alpha, sigma = host.latent_diffusion.get_schedule_values(torch.ones(1))
+    assert gains == pytest.approx({"epsilon": (sigma / alpha).item(), "v_param": sigma.item()})
+
+
+def test_a_seed_repeats_the_noise_and_another_does_not():
+    host = make_host(latent_dim=DIM, length=LENGTH, vocab=5 + WORDS)
+    parts = host.model, host.latent_diffusion, text_process_of(host, "all"), rows()
+    first, again, other = (check(*parts, seed=seed).copied for seed in (1, 1, 2))
+    assert first == again != other
+
+
 def test_rows_without_a_part_are_left_out():
     host = make_host(latent_dim=DIM, length=LENGTH, vocab=5 + WORDS)
-    process, batch = text_process_of(host, "all"), learnable(8, seed=0)
+    process, batch = text_process_of(host, "all"), rows(9)
     batch["latent"][0] = 0.0
+    batch["attention_mask"][1] = 0.0
     before = {n: p.clone() for n, p in host.model.state_dict().items()}
     state = torch.get_rng_state()
     assert check(host.model, host.latent_diffusion, process, batch).rows == 7
     assert torch.equal(torch.get_rng_state(), state) and host.model.training
     assert all(torch.equal(p, before[n]) for n, p in host.model.state_dict().items())
-    batch["latent"][1:] = 0.0
+    batch["latent"][:-1] = 0.0
     with pytest.raises(ValueError, match="at least 2 pairs"):
         check(host.model, host.latent_diffusion, process, batch)
 
