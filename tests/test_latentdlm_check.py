@@ -1,21 +1,24 @@
 """The verdicts on checkpoints that were trained in one direction, in both, and on a copy."""
 
 import math
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize, one_hot
 
-from cyclevae.adapters.latentdlm import with_cycle
+from cyclevae.adapters.latentdlm import files, with_cycle
 from cyclevae.adapters.latentdlm.__main__ import main
 from cyclevae.adapters.latentdlm.check import Check, check
 from cyclevae.adapters.latentdlm.host import text_process_of
 from cyclevae.diagnostics.probes import Probe
-from latentdlm_host import make_host
+from latentdlm_host import Config, Diffusion, HostModel, make_host
 
 WORDS, LENGTH, DIM = 12, 6, 8
 
@@ -330,3 +333,177 @@ def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "cyclevae.adapters.latentdlm", "check", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: expected a checkpoint at")
+
+
+# The files of a run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Writes the files of a run of the stand-in, whose modules get the host's names."""
+
+    def model(config, **sizes):
+        vocab, latent_dim = sizes.pop("vocab_size"), sizes.pop("latent_dim")
+        return HostModel(vocab, latent_dim, hidden=config.hidden_size, **sizes)
+
+    def load(path):
+        return Config(yaml.safe_load(path.read_text()))
+
+    modules = {
+        "omegaconf": {"OmegaConf": SimpleNamespace(load=load)},
+        "latentDLM_mmdit.models.multimodal_mmdit": {"MultimodalMMDiT": model},
+        "latentDLM_mmdit.continuous_diffusion": {"ContinuousDiffusion": Diffusion},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+
+    def write(lengths=(2, 3, 5, 4), size=8, **options):
+        """Row i has the id 5 + i throughout, and a latent of i + 1, above another."""
+        for kind in ("tokens", "latents"):
+            (tmp_path / kind).mkdir()
+        for i, length in enumerate(lengths):
+            mask = np.arange(size) < length
+            row = {"input_ids": np.where(mask, 5 + i, 0), "attention_mask": mask}
+            np.savez(tmp_path / "tokens" / f"{i}_tokens.npz", **row)
+            latents = np.stack([np.full(8, i + 1.0), np.full(8, -1.0)])
+            np.save(tmp_path / "latents" / f"{i}.npy", latents)
+        saved = {"model_state_dict": make_host(**options).state_dict()}
+        torch.save(saved, tmp_path / "checkpoint.pt")
+        config = {
+            "model": {"hidden_size": 32, "latent_parameterization": "x0"},
+            "data": {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("token", "latent")},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """What reaches `check`, instead of its report."""
+    found = []
+
+    def note(model, diffusion, process, batch, *, seed):
+        found.append(SimpleNamespace(process=process, seed=seed, **batch))
+        return measured()
+
+    monkeypatch.setattr(files, "check", note)
+    return found
+
+
+@pytest.mark.parametrize("clusters", [0, 3])
+def test_a_run_is_read_as_the_host_wrote_it(run, capsys, clusters):
+    folder = run(cluster_size=clusters, seed=1)
+    assert main(["check", str(folder), "--rows", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"checkpoint {folder}, config {folder / 'config.yaml'}"
+    assert lines[1].startswith("warning: `model.latent_parameterization` is x0, which the host")
+    assert lines[1].endswith("means epsilon")
+    assert lines[2].startswith("3 pairs; the model predicts epsilon;")
+
+
+def test_pairs_belong_together(run, checked):
+    folder = run()
+    (folder / "latents" / "3.npy").unlink()  # a text without a latent
+    files.check_checkpoint(folder / "checkpoint.pt")
+    (found,) = checked
+    ids, mask, latents = found.input_ids, found.attention_mask, found.latent
+    assert ids.shape == mask.shape == (3, 5)  # as long as the longest text that is kept
+    assert sorted(mask.sum(1).tolist()) == [2, 3, 5]
+    assert torch.equal(ids, torch.where(mask, 4 + latents[:, :1].long(), 0))
+    assert (latents == latents[:, :1]).all() and sorted(latents[:, 0].tolist()) == [1, 2, 3]
+    assert (found.process.mask_id, found.process.vocab_size, found.process.pad_id) == (4, 40, 0)
+    assert found.process.taught_padding == "all"
+
+
+def test_texts_without_padding_teach_none(run, checked):
+    files.check_checkpoint(run(lengths=(8, 8)))
+    assert (checked[0].process.pad_id, checked[0].process.taught_padding) == (None, "none")
+
+
+def test_a_seed_chooses_the_rows(run, checked):
+    folder = run(lengths=[3] * 20)
+    for seed in (1, 1, 2):
+        files.check_checkpoint(folder, rows=5, seed=seed)
+    first, again, other = (set(found.latent[:, 0].tolist()) for found in checked)
+    assert len(first) == 5 and first == again != other
+    assert [found.seed for found in checked] == [1, 1, 2]
+
+
+def test_data_of_another_place(run, checked):
+    folder = run()
+    (folder / "moved").mkdir()
+    for kind in ("tokens", "latents"):
+        (folder / kind).rename(folder / "moved" / kind)
+    with pytest.raises(FileNotFoundError, match="found 0: give --data FOLDER"):
+        files.check_checkpoint(folder)
+    files.check_checkpoint(folder, data=folder / "moved")
+    assert len(checked[0].latent) == 4
+
+
+def test_padding_is_the_id_most_padded_places_have(run, checked):
+    folder = run()
+    path = folder / "tokens" / "0_tokens.npz"
+    with np.load(path) as row:
+        ids, mask = row["input_ids"], row["attention_mask"]
+    ids[2] = 9  # behind the text
+    np.savez(path, input_ids=ids, attention_mask=mask)
+    files.check_checkpoint(folder)
+    assert checked[0].process.pad_id == 0
+
+
+def test_where_a_config_is_looked_for(run, checked):
+    folder = run()
+    text = (folder / "config.yaml").read_text()
+    latest = folder / "saved" / "latest"
+    latest.mkdir(parents=True)
+    (folder / "checkpoint.pt").rename(latest / "checkpoint.pt")
+    (folder / "config.yaml").unlink()
+    for place in (folder, folder / "saved", latest):  # the nearer, the sooner
+        (place / ".hydra").mkdir()
+        (place / ".hydra" / "config.yaml").write_text(text)
+        report = files.check_checkpoint(latest)
+        assert report.startswith(f"checkpoint {latest}, config {place / '.hydra'}")
+    (latest / "config.yaml").write_text(text)
+    assert f"config {latest / 'config.yaml'}" in files.check_checkpoint(latest)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model": {"hidden_size": 16}}, "the weights do not fit `model` in"),
+        ({"model": None}, "has no `model`"),
+        ({"data": {}}, "has no `data.token_dir` and `data.latent_dir`: give --data"),
+        ({"data": {"token_dir": "."}}, "has no `data.token_dir` and `data.latent_dir`"),
+    ],
+)
+def test_configs_that_do_not_fit(run, change, match):
+    folder = run()
+    path = folder / "config.yaml"
+    config = {**yaml.safe_load(path.read_text()), **change}
+    path.write_text(yaml.safe_dump({name: x for name, x in config.items() if x is not None}))
+    with pytest.raises(ValueError, match=match):
+        files.check_checkpoint(folder)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_data_that_do_not_fit(run):
+    folder = run(latent_dim=4)
+    with pytest.raises(ValueError, match="latents have 4 numbers and those of the data 8"):
+        files.check_checkpoint(folder)
+    np.save(folder / "latents" / "0.npy", np.array([Evil(folder / "evil")]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"cannot read .* and its latent"):
+        files.check_checkpoint(folder)
+    assert not (folder / "evil").exists()
+    for path in (folder / "latents").glob("[1-3].npy"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="found 1: give --data FOLDER"):
+        files.check_checkpoint(folder)
