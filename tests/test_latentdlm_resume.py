@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from cyclevae.adapters.latentdlm import resume, with_cycle
+from cyclevae.adapters.latentdlm import checkpoints, resume, with_cycle
 from latentdlm_host import make_batch, make_host
 
 
@@ -82,6 +83,37 @@ def test_the_bare_host_resumes_too(host_modules, tmp_path):
     assert resume(tmp_path / "checkpoint.pt", bare, optimizer).step == 2
 
 
+def test_each_rank_has_its_own_random_state_and_the_first_keeps_the_log(
+    host_modules, tmp_path, monkeypatch
+):
+    trainer, optimizer = start()
+    save(tmp_path / "latest", trainer, optimizer, step=1)
+    log, kept = tmp_path / "training_log.jsonl", tmp_path / "training_log-1.jsonl"
+    log.write_text("a\n")
+    states = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
+    for rank, state in enumerate(states):
+        torch.save({"torch": state}, tmp_path / "latest" / f"rng_state_{rank}.pt")
+    found = []
+    monkeypatch.setattr(torch, "set_rng_state", found.append)
+    for rank in (1, 0):
+        monkeypatch.setattr(checkpoints, "this_rank", lambda rank=rank: rank)
+        resume(tmp_path / "latest" / "checkpoint.pt", trainer, optimizer)
+        trainer(make_batch(), step=1)
+        assert torch.equal(found.pop(), states[rank]) and not found
+        assert kept.exists() == (rank == 0)
+    log.write_text("")
+    resume(tmp_path / "latest", trainer, optimizer)
+    assert kept.read_text() == "a\n"
+
+
+def test_without_a_random_state_the_rest_is_resumed(host_modules, tmp_path):
+    save(tmp_path, *start(), step=2)
+    (tmp_path / "rng_state_0.pt").unlink()
+    trainer, optimizer = start(seed=1)
+    assert resume(tmp_path, trainer, optimizer).step == 2
+    assert trainer(make_batch(), step=2)[0].isfinite()
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -96,9 +128,16 @@ def test_errors(host_modules, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         resume(tmp_path, trainer, optimizer)
     assert not (tmp_path / "evil").exists()
-    torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="holds no `model_state_dict`"):
+    for other in ({"weights": 1}, torch.zeros(2)):
+        torch.save(other, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match="holds no `model_state_dict`"):
+            resume(tmp_path, trainer, optimizer)
+    for name, options in {"narrow": {"hidden": 16}, "clustered": {"cluster_size": 3}}.items():
+        save(tmp_path / name, *start(**options), step=1)
+        with pytest.raises(ValueError, match="is of another model"):
+            resume(tmp_path / name, trainer, optimizer)
+    save(tmp_path, trainer, optimizer, step=1)
+    torch.save({"torch": Evil()}, tmp_path / "rng_state_0.pt")
+    with pytest.raises(pickle.UnpicklingError):
         resume(tmp_path, trainer, optimizer)
-    save(tmp_path / "other", *start(hidden=16), step=1)
-    with pytest.raises(ValueError, match="is of another model"):
-        resume(tmp_path / "other", trainer, optimizer)
+    assert not (tmp_path / "evil").exists()
