@@ -244,3 +244,13 @@ def test_a_step_of_it_can_be_copied(copied):
 def test_it_refuses_what_is_no_denoiser():
     with pytest.raises(TypeError, match=r"a method `denoise`, got Linear: make one by as_denoiser"):
         cv.checkpoint_passes(nn.Linear(2, 2))
+
+
+def test_it_refuses_ddp_at_any_depth():
+    wrapper = nn.parallel.DistributedDataParallel
+    inside = wrapper.__new__(wrapper)
+    nn.Module.__init__(inside)  # of its own it would need a process group
+    denoiser = deep()
+    denoiser.network.inside = inside
+    with pytest.raises(ValueError, match=r"fails where its forward is run again in the backward"):
+        cv.checkpoint_passes(denoiser)
