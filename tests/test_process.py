@@ -517,6 +517,12 @@ def test_padding_without_a_padding_id_is_masked():
         cv.TextProcess(mask_id=2, vocab_size=7, taught_padding="first")
 
 
+@pytest.mark.unhooked
+def test_an_unknown_kind_of_taught_padding():
+    with pytest.raises(ValueError, match="`taught_padding` is 'last'; known are"):
+        cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0, taught_padding="last")
+
+
 FRAMED = cv.TextProcess(mask_id=2, vocab_size=9, pad_id=0, special_ids=(7,), start_id=3, end_id=4)
 
 
