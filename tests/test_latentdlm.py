@@ -535,6 +535,8 @@ def test_random_times_keep_their_ends():
     assert ends == [(1e-4, 1 - 1e-4), (0.0, 1.0)]
     assert (times.bridge_time.low, times.bridge_time.high) == (0.8, 0.9)
     assert cycle(**options)._objective.bridge_time == 0.9
+    full = cycle(cycle_latent_t_min=0.8, cycle_latent_t_max=0.9)
+    assert full._objective.bridge_time == 1.0
 
 
 def test_the_stable_file_caps_its_losses():
@@ -553,7 +555,8 @@ def test_a_compiled_run_does_not_look_for_bad_terms():
 
 
 def test_keys_of_the_host_are_left_to_it():
-    trainer = cycle(loss_scale=1.0, reduction="tokenmean", use_cross_entropy=True, hard_rate=1)
+    own = {"loss_scale": 1.0, "reduction": "tokenmean", "use_cross_entropy": True}
+    trainer = cycle(**own, text_kl_weight=0.1, hard_rate=1)  # the fourth looks like one of ours
     assert trainer(make_batch(), step=0)[0].isfinite()
 
 
@@ -572,6 +575,10 @@ def test_keys_of_the_host_are_left_to_it():
         ({"cycle_stop_grad_latent": 1}, "must be true or false, got 1"),
         ({"latent_t_mode": "random", "cycle_latent_t_min": 0.0}, "start from pure noise"),
         ({"latent_t_mode": "random", "cycle_latent_t_max": 1.5}, "0 <= min <= max <= 1"),
+        (
+            {"latent_t_mode": "random", "cycle_latent_t_min": 0.95, "cycle_latent_t_max": 0.9},
+            "0 <= min <= max <= 1, got 0.95 and 0.9",
+        ),
         ({"cycle_text_weight": -1.0}, "cycle_text_weight"),
         ({"cycle_text_policy": "fool"}, "fool"),
         ({"parameterization": "score"}, "`latent_parameterization` is 'score'; known are"),
@@ -662,6 +669,7 @@ def test_epsilon_at_full_noise_is_refused():
         {"cycle_text_weight": 0.0},
         {**BASE, "prior_weight": 1.0},
         {"latent_t_mode": "random"},
+        {"latent_t_mode": "random", "cycle_latent_t_min": 0.9},
     ):
         with pytest.raises(ValueError, match="latent_parameterization is epsilon") as error:
             cycle(parameterization="epsilon", **weights)
@@ -841,7 +849,12 @@ def test_a_wrapped_trainer_is_not_wrapped_again():
 
 def test_low_times_need_the_latent_shown_in_every_bridge():
     low = {"latent_t_mode": "random", "cycle_latent_t_min": 0.1, "cycle_latent_t_max": 0.9}
-    for options in ({}, {"cycle_show_latent": True}):  # the text cycle starts from noise still
+    shown = {"cycle_show_latent": True, "cycle_text_weight": 0.0}
+    for options in (
+        {},
+        {"cycle_show_latent": True},  # the text cycle starts from noise still
+        {**shown, "prior_weight": 1.0},  # and so does the latent of a prior
+    ):
         with pytest.raises(ValueError, match="bridges start from pure noise"):
             cycle(**low, **options)
-    cycle(**low, cycle_show_latent=True, cycle_text_weight=0.0)
+    cycle(**low, **shown)
