@@ -838,8 +838,13 @@ def test_marks_reach_the_step_through_the_hosts_collate():
 
 
 def test_marks_of_another_length():
-    with pytest.raises(ValueError, match="`has_text` must have 2 entries, got 1"):
-        Marked([{}, {}], has_text=[True])
+    for number in (1, 3):
+        with pytest.raises(ValueError, match=f"`has_text` must have 2 entries, got {number}"):
+            Marked([{}, {}], has_text=[True] * number)
+
+
+def test_a_part_without_marks_is_there():
+    assert Marked([{}], has_text=[False])[0] == {"has_text": False, "has_latent": True}
 
 
 def test_a_wrapped_trainer_is_not_wrapped_again():
