@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -138,6 +137,13 @@ def test_errors(host_modules, tmp_path, monkeypatch):
             resume(tmp_path / name, trainer, optimizer)
     save(tmp_path, trainer, optimizer, step=1)
     torch.save({"torch": Evil()}, tmp_path / "rng_state_0.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    before = [parameter.clone() for parameter in trainer.parameters()]
+    with torch.no_grad():
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+        for weight in saved["model_state_dict"].values():
+            weight.add_(1)
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"rng_state_0\.pt cannot be read as weights alone"):
         resume(tmp_path, trainer, optimizer)
+    assert all(map(torch.equal, before, trainer.parameters()))
     assert not (tmp_path / "evil").exists()

@@ -29,14 +29,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a checkpoint at {file}; give its file or its folder")
     module, name = _STATE
     stand_in = type(name, (), {"__module__": module, "__qualname__": name})
-    try:
-        with torch.serialization.safe_globals([stand_in]):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, IndexError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as weights alone: {error}") from error
+    with torch.serialization.safe_globals([stand_in]):
+        found = _read(file)
     if not (isinstance(found, dict) and "model_state_dict" in found):
         raise ValueError(f"{file} holds no `model_state_dict`: is it a checkpoint of the host?")
     return found
+
+
+def _read(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, IndexError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as weights alone: {error}") from error
 
 
 def resume(path: str | Path, trainer: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -62,7 +66,9 @@ def resume(path: str | Path, trainer: nn.Module, optimizer: torch.optim.Optimize
     """
     path = Path(path)
     found = read_checkpoint(path)
-    folder = path if path.is_dir() else path.parent
+    folder, rank = path if path.is_dir() else path.parent, this_rank()
+    random_state = folder / f"rng_state_{rank}.pt"
+    drawn = _read(random_state) if random_state.is_file() else None  # before anything is changed
     try:
         trainer.load_state_dict(found["model_state_dict"])
     except RuntimeError as error:
@@ -70,10 +76,8 @@ def resume(path: str | Path, trainer: nn.Module, optimizer: torch.optim.Optimize
     optimizer.load_state_dict(found["optimizer_state_dict"])
     saved = found["state"]
     state = _host_state(trainer)(**{name: getattr(saved, name) for name in vars(saved)})
-    rank = this_rank()
-    random_state = folder / f"rng_state_{rank}.pt"
-    if random_state.is_file():
-        _set_at_first_step(trainer, torch.load(random_state, weights_only=True))
+    if drawn is not None:
+        _set_at_first_step(trainer, drawn)
     log = folder.parent / "training_log.jsonl"
     if rank == 0 and log.is_file() and log.stat().st_size:
         shutil.copyfile(log, log.with_name(f"training_log-{state.step}.jsonl"))
