@@ -45,10 +45,11 @@ HERE = Path(__file__).resolve().parent
 ENTRY = "train_mmdit_stable.py"
 COLOURS = {"l2t": "#7f7f7f", "t2l": "#2ca02c", "random": "#1f77b4", "cycle_vae": "#d62728"}
 PARTS = ("unconditional", "l2t", "t2l")  # of which `random` draws one per step, evenly
-PANELS = {
-    "ce": "L2T cross-entropy, true latents",
-    "gap": "the same, another row's latents minus true",
-    "ce_predicted": "the same, on T2L's own latents",
+PANELS = {  # a measure: what it is, and who has not learned it at all
+    "ce": ("L2T cross-entropy, nats per token", "t2l"),
+    "gap": ("what another row's latents add to it", "t2l"),
+    "ce_predicted": ("L2T cross-entropy on T2L's latents", "t2l"),
+    "cosine": ("T2L cosine", "l2t"),
 }
 
 
@@ -280,15 +281,16 @@ def _held_out(data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _plot(curves: Mapping[str, Iterable[Mapping[str, float]]], path: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
-    for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(15, 3.6), layout="constrained")
+    for axis, (key, (title, missing)) in zip(axes, PANELS.items(), strict=True):
         for mode, rows in curves.items():
-            x, y = zip(*((row["tflop"], row[key]) for row in rows), strict=True)
-            axis.plot(x, y, "o-", markersize=3, label=mode, color=COLOURS[mode])
-        axis.set_title(f"{title}, nats per token", fontsize=9)
+            if mode != missing:
+                x, y = zip(*((row["tflop"], row[key]) for row in rows), strict=True)
+                axis.plot(x, y, "o-", markersize=3, label=mode, color=COLOURS[mode])
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("TFLOP")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+        axis.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
