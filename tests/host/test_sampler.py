@@ -17,8 +17,12 @@ DECODER = {  # base L2T alone
 
 
 @pytest.mark.parametrize(
-    ("padding", "least", "most"),  # of the true lengths, after little training
-    [("host", 0.6, 1.7), ("first", 1.7, 2.7), ("exclude", 2.5, 3.3)],
+    (
+        "padding",
+        "least",
+        "most",
+    ),  # of the true lengths, after little training; a fork samples otherwise
+    [("host", 0.6, 1.7), ("first", 1.7, 2.7), ("exclude", 1.9, 3.3)],
 )
 def test_lengths_of_its_texts(train, checkout, toy, tmp_path, padding, least, most):
     loss = {"loss_type": "cycle_vae", "text_loss_padding": padding, **DECODER}
