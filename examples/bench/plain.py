@@ -40,14 +40,15 @@ def plain_step(
         targets = tokens.masked_fill(~mask, -100)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    logits, z_hat = decode(latents), encode(tokens)
+    logits = decode(latents)
     y_hat = logits.detach().float().index_fill(2, masked.new_tensor([mask_id]), -math.inf)
     y_hat = torch.where(mask, y_hat.argmax(dim=2), tokens)
+    z_cycle, z_hat = encode(y_hat), encode(tokens)
     losses = {
         "text": cross_entropy(logits),
         "latent": F.mse_loss(z_hat, latents),
         "cycle_text": cross_entropy(decode(z_hat.detach())),
-        "cycle_latent": F.mse_loss(encode(y_hat), latents),
+        "cycle_latent": F.mse_loss(z_cycle, latents),
         "prior": moments(z_hat),
     }
     loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
