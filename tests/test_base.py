@@ -986,7 +986,7 @@ def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 )
 def test_chunks_do_not_show(monkeypatch, chunk, dtype, tolerance):
-    monkeypatch.setattr(_cross_entropy, "_chunk", lambda logits: chunk)
+    monkeypatch.setattr(_cross_entropy, "chunk_of", lambda logits: chunk)
     logits = (5 * torch.randn(3, 4, 7, generator=seeded(0))).to(dtype)
     mask = torch.arange(4) < torch.tensor([[4], [2], [0]])
     logits[~mask] = torch.nan

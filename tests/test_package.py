@@ -20,7 +20,7 @@ CORE = {"torch", "einops", "jaxtyping"}
 # From the bottom up; a file may import from the layers below its own, and from nothing else here.
 LAYERS = (
     {"_types", "roles"},
-    {"_selection", "_checks", "_precision", "_table"},
+    {"_selection", "_checks", "_precision", "_table", "_chunks"},
     {"_gate"},
     {"_reduce", "_cross_entropy", "_config", "schedules", "kernels", "pool"},
     {"text_process", "latent_process", "times", "gradient_policy"},

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cyclevae._chunks import chunk_of
 from cyclevae._precision import fp32
 from cyclevae._types import Logits, Tokens
 
@@ -35,7 +36,7 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         logits = logits.detach()
-        parts = [fp32(x).logsumexp(dim=1) for x in torch.split(logits, _chunk(logits))]
+        parts = [fp32(x).logsumexp(dim=1) for x in torch.split(logits, chunk_of(logits))]
         log_z = torch.cat(parts) if parts else fp32(logits).sum(dim=1)
         ctx.save_for_backward(logits, labels, mask, log_z)
         picked = fp32(logits.gather(1, labels[:, None]).squeeze(1))
@@ -45,17 +46,11 @@ class _TokenNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, mask, log_z = ctx.saved_tensors
-        result, chunk = torch.empty_like(logits), _chunk(logits)
+        result, size = torch.empty_like(logits), chunk_of(logits)
         whole = (result, logits, labels, mask, log_z, gradient)
-        parts = (torch.split(x, chunk) for x in whole)
+        parts = (torch.split(x, size) for x in whole)
         for out, x, label, counts, z, g in zip(*parts, strict=True):
             p = (fp32(x) - z[:, None]).exp_()
             p.scatter_add_(1, label[:, None], p.new_full((len(x), 1), -1.0))
             out.copy_(p.mul_(g[:, None]).masked_fill_(~counts[:, None], 0.0))
         return result, None, None
-
-
-def _chunk(logits: Tensor) -> int:
-    """Rows at a time: a sixteenth of all, or a MB of them."""
-    rows, width = logits.shape
-    return max(1, -(-rows // 16), 2**18 // max(width, 1))

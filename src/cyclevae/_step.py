@@ -150,7 +150,8 @@ class Step(NamedTuple):
             taught = taught & self.rows.has_both[:, None]
         count = self.counts.get("text_loss")
         self.losses["text_loss"] = text_loss(logits, targets, taught, count=count)
-        hits = (logits.argmax(dim=-1) == targets) & taught
+        best = logits.detach().max(dim=-1).indices  # several times faster than argmax on a CPU
+        hits = (best == targets) & taught
         self.metrics["text_accuracy"] = hits.sum() / taught.sum().clamp(min=1)
 
     def _read_pseudo_texts(

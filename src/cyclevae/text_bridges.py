@@ -5,13 +5,20 @@ A relaxed text `[b, s, v]` has one. Only that of `soft_text` is exact, and it is
 any; how the others are biased is said where they are made.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from cyclevae._checks import as_mask, check_positive
+from cyclevae._chunks import chunk_of
 from cyclevae._precision import fp32
 from cyclevae._types import Logits, Mask, MaskLike, Number, RelaxedTokens, Tokens
 from cyclevae.text_process import TextProcess
+
+_BLOCK = 256  # words: near the square root of usual vocabularies
 
 
 def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextProcess) -> Tokens:
@@ -28,8 +35,10 @@ def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextP
         tensor([[3, 1]])
     """
     attention_mask = check_logits(logits, attention_mask, text_process)
-    choice = text_process.forbid(logits.detach()).argmax(dim=-1)
-    return text_process.frame(choice, attention_mask)
+    rows = logits.detach().flatten(0, 1)
+    # several times faster than argmax on a CPU
+    words = _by_chunks(lambda x: text_process.forbid(x).max(dim=1).indices, rows)
+    return text_process.frame(words.view(attention_mask.shape), attention_mask)
 
 
 def categorical_text(
@@ -42,7 +51,9 @@ def categorical_text(
 ) -> Tokens:
     """A pseudo-text `[b, s]` sampled from `softmax(logits / temperature)` per position.
 
-    Forbidden ids are never sampled. Uses an exponential race, which needs no host synchronisation.
+    Forbidden ids are never sampled. By inverse CDF, first of a block of words and then within it,
+    from two uniform numbers per position; without a host synchronisation, and without a copy of the
+    logits in fp32.
 
     Raises:
         ValueError: a temperature that is not a finite number above 0, or as `argmax_text`.
@@ -57,8 +68,11 @@ def categorical_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    words = word_logits(logits.detach(), attention_mask, text_process, temperature)
-    return text_process.frame((words + _gumbel(words, generator)).argmax(dim=-1), attention_mask)
+    rows = logits.detach().flatten(0, 1)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    uniform = torch.rand(len(rows), 2, dtype=dtype, device=rows.device, generator=generator)
+    words = _by_chunks(lambda x, u: _draw(fp32(x) / temperature, u, text_process), rows, uniform)
+    return text_process.frame(words.view(attention_mask.shape), attention_mask)
 
 
 def straight_through_text(
@@ -205,6 +219,37 @@ def word_logits(
     # What is discarded has the gradient 0 * softmax, which is NaN where its logits are
     kept = fp32(logits).masked_fill(~attention_mask[..., None], 0.0)
     return text_process.forbid(kept / temperature)
+
+
+def _by_chunks(choose: Callable[..., Tensor], *rows: Tensor) -> Integer[Tensor, " n"]:
+    """An id per row: no copy of all logits is made."""
+    size = len(rows[0]) if torch.compiler.is_compiling() else chunk_of(rows[0])
+    parts = zip(*(part.split(max(size, 1)) for part in rows), strict=True)
+    return torch.cat([choose(*part) for part in parts])
+
+
+def _draw(
+    logits: Float[Tensor, "n v"], uniform: Float[Tensor, "n 2"], text_process: TextProcess
+) -> Integer[Tensor, " n"]:
+    """A word per row, drawn from the softmax of what is not forbidden."""
+    logits = text_process.forbid(logits)
+    mass = (logits - logits.amax(dim=1, keepdim=True)).exp()
+    for forbidden in text_process.forbidden_ids:
+        mass[:, forbidden] = 0.0  # also in a row with a NaN
+    mass = F.pad(mass, (0, -mass.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    block = _inverse_cdf(mass.sum(dim=2), uniform[:, 0])
+    inside = mass.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    return block * _BLOCK + _inverse_cdf(inside, uniform[:, 1])
+
+
+def _inverse_cdf(mass: Float[Tensor, "n k"], uniform: Float[Tensor, " n"]) -> Integer[Tensor, " n"]:
+    """An index per row, drawn in proportion to `mass`."""
+    total = mass.cumsum(dim=1)
+    target = uniform[:, None] * total[:, -1:]
+    index = torch.searchsorted(total, target, right=True).clamp_(max=mass.shape[1] - 1)
+    # A parallel sum may be rounded upwards past an index without mass
+    index = torch.where(mass.gather(1, index) > 0, index, mass.argmax(dim=1, keepdim=True))
+    return index.squeeze(1)
 
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
