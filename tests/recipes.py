@@ -43,6 +43,7 @@ RECIPES = {
     },
     "isolated": {"text_policy": "decoder_isolated", "latent_policy": "encoder_isolated"},
     "skip": {"non_finite": "skip"},
+    "joined": {"join_passes": True},
     "predicted end": {"text_process": replace(TEXT, end_id=3, end="predicted")},
     "placed ends": {"text_process": replace(TEXT, start_id=4, end_id=3)},
     "times": {

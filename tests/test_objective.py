@@ -15,6 +15,9 @@ from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch
 PAIRS_ONLY = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0, "unconditional_weight": 0.0}
 
 
+ISOLATED = cv.GradientPolicy("full", freeze_bridge=("shared.*",))
+
+
 class Recorder:
     """A denoiser that keeps what it was asked."""
 
@@ -49,6 +52,13 @@ def seeded(seed=0):
         ({"unconditional_weight": 0.0, "base_latent_time": None}, 5),
         ({"text_weight": 0.0, "latent_weight": 0.0}, 5),
         (PAIRS_ONLY | {"cycle_text_weight": cv.ramp(1.0, 3)}, 2),
+        ({"join_passes": True}, 4),
+        (PAIRS_ONLY | {"join_passes": True}, 1),
+        (PAIRS_ONLY | {"join_passes": True, "text_weight": 0.0}, 1),
+        (PAIRS_ONLY | {"join_passes": True, "base_latent_time": None}, 2),
+        (PAIRS_ONLY | {"join_passes": True, "base_text_time": 0.5}, 2),
+        ({"join_passes": True, "text_policy": ISOLATED}, 6),
+        ({"join_passes": True, "latent_policy": ISOLATED, "text_bridge": "soft"}, 6),
     ],
 )
 def test_a_term_of_weight_zero_costs_no_pass(toy, options, passes):
@@ -57,6 +67,47 @@ def test_a_term_of_weight_zero_costs_no_pass(toy, options, passes):
     objective = cv.CycleObjective(text, latent, **options)
     objective(recorder, toy_batch(), step=0)
     assert len(recorder.calls) == objective.passes(0) == passes
+
+
+@pytest.mark.parametrize("lengths", [1, 5, 9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        PAIRS_ONLY,
+        {"cycle_latent_weight": 0.0, "prior_weight": 1.0, "cycle_fraction": 0.5},
+        {"cycle_text_weight": 0.0, "contrastive_weight": 1.0},
+        {"text_policy": "full", "latent_policy": "full", "text_bridge": "gumbel"},
+    ],
+)
+def test_a_joined_pass_computes_the_same(toy, monkeypatch, options, lengths):
+    def noise(rows, *args, **kwargs):
+        return torch.randn(rows, 4, generator=seeded(rows)).double()
+
+    monkeypatch.setattr("cyclevae._step.draw_noise", noise)
+    monkeypatch.setattr("cyclevae.passes.draw_noise", noise)
+    denoiser, text, latent = toy
+    denoiser.module.double()
+    batch = toy_batch(rows=4)
+    batch = batch._replace(
+        latents=batch.latents.double(),
+        unpaired_latents=batch.unpaired_latents.double(),
+        pseudo_text_mask=torch.ones(4, lengths, dtype=torch.bool),
+    )
+    found = []
+    for join in (False, True):
+        objective = cv.CycleObjective(
+            text, latent, **{"unconditional_weight": 0.0, **options}, join_passes=join
+        )
+        output = objective(denoiser, batch, step=0, generator=seeded())
+        grads = torch.autograd.grad(output.loss, list(denoiser.module.parameters()))
+        found.append((output.metrics, grads))
+    torch.testing.assert_close(*found)
+
+
+def test_joined_terms_cannot_be_told_apart(toy):
+    with pytest.raises(ValueError, match="use 'skip', or leave the passes apart"):
+        cv.CycleObjective(*toy[1:], join_passes=True, non_finite="zero")
 
 
 def test_the_pass_plan_does_not_depend_on_the_batch(toy):

@@ -52,7 +52,7 @@ def latents_of(rows, seed=0):
 
 def by_hand(network, z, mask, steps, process):
     """One row: pass, rank, reveal; lists and loops."""
-    text = [process.mask_id if kept else process._fill_id for kept in mask]
+    text = [process.mask_id if kept else process.fill_id for kept in mask]
     kept = [j for j in range(len(mask)) if mask[j]]
     placed = {}
     if process.start_id is not None and kept:

@@ -34,6 +34,7 @@ from cyclevae.objective import StepModule as StepModule
 from cyclevae.objective import StepOutput as StepOutput
 from cyclevae.passes import joint as joint
 from cyclevae.passes import l2t as l2t
+from cyclevae.passes import l2t_and_t2l as l2t_and_t2l
 from cyclevae.passes import t2l as t2l
 from cyclevae.phases import Phases as Phases
 from cyclevae.phases import phases as phases

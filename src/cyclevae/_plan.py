@@ -106,6 +106,7 @@ class Planned(Options):
             + own_base
             + decodes
             + self.decodes_apart(terms)
+            - self.joins(terms)
             + ("cycle_text" in terms)
             + (self.bridge.passes - 1) * ("cycle_latent" in terms)
             + prior_passes(self.prior) * ("prior" in terms)
@@ -142,6 +143,17 @@ class Planned(Options):
         )
         writes = any(term in terms for term in LATENT_HALF)
         return "text" in terms and (bool(frozen) or (writes and self.base_text_time != 1.0))
+
+    def joins(self, terms: Collection[str]) -> bool:
+        """Whether one pass over twice the rows serves both base terms."""
+        return (
+            self.join_passes
+            and "text" in terms
+            and "latent" in terms
+            and self.base_text_time == 1.0
+            and self.shares_encoder_pass(terms)
+            and not self.decodes_apart(terms)
+        )
 
     def cycled(self, paired: int, rows: int) -> tuple[int, int]:
         """How many of the pairs and of the other rows the cycles run on."""

@@ -24,12 +24,20 @@ from cyclevae.gradient_policy import STOP_GRADIENT, GradientPolicy, detach, refu
 from cyclevae.latent_bridges import encode_text
 from cyclevae.non_finite import Verdict
 from cyclevae.options import READ_A_BRIDGE, highest
-from cyclevae.passes import draw_noise, l2t, t2l
+from cyclevae.passes import T2L, draw_noise, l2t, l2t_and_t2l, t2l
 from cyclevae.policies import constant
 from cyclevae.priors import ddvi_sleep_loss
 from cyclevae.text_marginal import text_marginal_loss
 from cyclevae.times import TimePolicy, stratified_times
 from cyclevae.unconditional import unconditional_loss
+
+
+class Decoded(NamedTuple):
+    """A decoder pass: what it read, and what it wrote."""
+
+    latents: Latents
+    mask: Mask
+    logits: Logits
 
 
 class Step(NamedTuple):
@@ -59,10 +67,11 @@ class Step(NamedTuple):
         """Run the passes, and with them the terms and the statistics."""
         self._check()
         run = self._replace(rows=self.rows.borrowed())
+        decoded, encoded = run._both() if run.objective.joins(run.weights) else (None, None)
         if self._runs("text", *LATENT_HALF):
-            run._decode()
+            run._decode(decoded)
         if self._runs("latent", "cycle_text", "prior", "contrastive"):
-            run._encode()
+            run._encode(encoded)
         if self._runs("unconditional"):
             run._denoise_both()
 
@@ -95,33 +104,56 @@ class Step(NamedTuple):
         if self._runs(*READ_A_BRIDGE):
             o.latent_process.refuse_ill_conditioned(highest(o.bridge_time, self.step))
 
-    def _decode(self) -> None:
-        """One decoder pass: the base text loss on paired rows, pseudo-texts for the cycles."""
-        o, p, latents = self.objective, self.rows.paired, self.rows.need_latents()
-        apart = o.decodes_apart(self.weights) or not self._runs(*LATENT_HALF)
-        if self._runs("text") and apart:
-            self._base_text(*self._decode_pairs())
-        if not self._runs(*LATENT_HALF):
-            return
-        shared = self._runs("text") and not apart
-        mask = self.rows.lengths_to_decode(self.generator)
-        pairs, others = o.cycled(p, len(latents))
-        there = self.rows.has_latent
-        if there is not None:
-            there = pick_rows(there, p, pairs, others)
-        latents, mask = (
-            pick_rows(part, p, p if shared else pairs, others) for part in (latents, mask)
+    def _both(self) -> tuple[Decoded, T2L]:
+        """What `_decode` and `_encode` share with the base terms, in one pass."""
+        latents, mask = self._rows_to_decode(pairs=self.rows.paired)
+        texts = self._texts_to_encode()
+        logits, encoded = l2t_and_t2l(
+            self.denoiser,
+            latents,
+            mask,
+            *texts,
+            **self._processes(),
+            noise=self._noise(texts.tokens),
         )
-        with nullcontext() if shared else self._writing():
-            logits = l2t(self.denoiser, latents, mask, text_process=o.text_process)
-        if shared:
+        return Decoded(latents, mask, logits), encoded
+
+    def _rows_to_decode(self, pairs: int) -> tuple[Latents, Mask]:
+        """That many pairs, and what the cycles read beside them."""
+        p, latents = self.rows.paired, self.rows.need_latents()
+        if not self._runs(*LATENT_HALF):
+            return latents[:pairs], self.rows.need_texts().mask[:pairs]
+        mask, others = self.rows.lengths_to_decode(self.generator), self._cycled(latents)[1]
+        return pick_rows(latents, p, pairs, others), pick_rows(mask, p, pairs, others)
+
+    def _cycled(self, rows: Tensor) -> tuple[int, int]:
+        return self.objective.cycled(self.rows.paired, len(rows))
+
+    def _decode(self, decoded: Decoded | None) -> None:
+        """One decoder pass: the base text loss on paired rows, pseudo-texts for the cycles."""
+        o, p = self.objective, self.rows.paired
+        writes = self._runs(*LATENT_HALF)
+        shared = self._runs("text") and writes and not o.decodes_apart(self.weights)
+        if self._runs("text") and not shared and decoded is None:
+            self._base_text(*self._decode_pairs())
+        if not writes and decoded is None:
+            return
+        pairs, others = self._cycled(self.rows.need_latents())
+        if decoded is None:
+            latents, mask = self._rows_to_decode(pairs=p if shared else pairs)
+            with nullcontext() if shared else self._writing():
+                logits = l2t(self.denoiser, latents, mask, text_process=o.text_process)
+            decoded = Decoded(latents, mask, logits)
+        if shared or not writes:
             targets = o.text_process.targets(*self.rows.need_texts().first(p))
             # pseudo-texts may be longer than any text
-            self._base_text(logits[:p, : targets[0].shape[1]], *targets)
-            latents, mask, logits = (
-                pick_rows(part, p, pairs, others) for part in (latents, mask, logits)
-            )
-        self._read_pseudo_texts(latents, mask, logits, there)
+            self._base_text(decoded.logits[:p, : targets[0].shape[1]], *targets)
+            decoded = Decoded(*(pick_rows(part, p, pairs, others) for part in decoded))
+        if writes:
+            there = self.rows.has_latent
+            if there is not None:
+                there = pick_rows(there, p, pairs, others)
+            self._read_pseudo_texts(*decoded, there)
 
     def _decode_pairs(self) -> tuple[Logits, Tokens, Mask]:
         """A decoder pass for the base text loss alone."""
@@ -224,26 +256,42 @@ class Step(NamedTuple):
         count = self.counts.get(name)
         self.losses[name] = reduce_latents(error, reduction="mean", rows=rows, count=count)
 
-    def _encode(self) -> None:
+    def _texts_to_encode(self) -> Texts:
+        """What the base latent loss and the bridges are encoded of, in one pass."""
+        p, texts = self.rows.paired, self.rows.need_texts()
+        pairs, others = self._cycled(texts.tokens)
+        if self._runs("prior"):
+            others = len(texts.tokens) - p
+        elif not self._runs("cycle_text"):
+            others = 0
+        return texts.pick(p, p if self._encodes_all_pairs() else pairs, others)
+
+    def _encodes_all_pairs(self) -> bool:
+        base = self._runs("latent") and self.objective.shares_encoder_pass(self.weights)
+        return base or self._runs("prior", "contrastive")
+
+    def _encode(self, encoded: T2L | None) -> None:
         """The encoder from noise: the base latent loss on paired rows, a bridge for the others."""
-        o, p, texts = self.objective, self.rows.paired, self.rows.need_texts()
+        o, p = self.objective, self.rows.paired
         shared = self._runs("latent") and o.shares_encoder_pass(self.weights)
         reads = self._runs("cycle_text", "prior", "contrastive")
         if self._runs("latent") and not shared:
             self._base_latent()
         if not (shared or reads):
             return
-        pairs, others = o.cycled(p, len(texts.tokens))
-        everyone = self._runs("prior")
-        all_pairs = shared or everyone or self._runs("contrastive")
-        needed = len(texts.tokens) - p if everyone else others * self._runs("cycle_text")
-        texts = texts.pick(p, p if all_pairs else pairs, needed)
-        noise, time = self._noise(texts.tokens), self._time(o.bridge_time, texts.tokens)
-        apart = o.bridges_apart(self.weights)
-        if shared:
-            encoded = t2l(
-                self.denoiser, *texts, **self._processes(), start="noise", time=time, noise=noise
-            )
+        texts, apart = self._texts_to_encode(), o.bridges_apart(self.weights)
+        if encoded is None:
+            noise, time = self._noise(texts.tokens), self._time(o.bridge_time, texts.tokens)
+            if shared:
+                encoded = t2l(
+                    self.denoiser,
+                    *texts,
+                    **self._processes(),
+                    start="noise",
+                    time=time,
+                    noise=noise,
+                )
+        if encoded is not None:
             base = encoded._replace(prediction=self._read("latent", encoded.prediction)).first(p)
             error = encoded_loss(base, self.rows.need_latents()[:p], **self._latent_options())
             self._mean_latents("latent_loss", error, self.rows.has_both)
@@ -256,7 +304,8 @@ class Step(NamedTuple):
         if self.rows.latents is not None:
             self.metrics["latent_norm"] = _mean_norm(self.rows.latents, self.rows.has_latent)
         if self._runs("cycle_text"):
-            paired = p if all_pairs else pairs
+            pairs, others = self._cycled(self.rows.need_texts().tokens)
+            paired = p if self._encodes_all_pairs() else pairs
             tokens, mask = texts.pick(paired, pairs, others)
             nll = cycle_text_loss(
                 self.denoiser,

@@ -106,6 +106,9 @@ class CycleObjective(Planned):
         cycle_every: run the cycles at every so many steps only.
         cycle_fraction: the share of pairs, and of other rows, that the cycles run on: the first
             ones of a batch, so batches must be in random order.
+        join_passes: run both base terms, with the bridges that they share, as one pass over the
+            rows of both, on the steps where that is the same computation: quicker where operators
+            take longer to launch than to run, else dearer, as both heads then read every row.
         non_finite: what becomes of a step with a term that is NaN or infinite on any rank. `raise`
             an error that names it, which waits for the device; `skip`: say so in
             `StepOutput.skip`; `zero`: the term gets no gradient, on all ranks, and the others keep

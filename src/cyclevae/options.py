@@ -94,6 +94,7 @@ class Options:
     p_dual: Number = 1.0
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
+    join_passes: bool = False
     non_finite: NonFinite | None = None
     caps: Mapping[str, Number] = field(default_factory=dict)
     seed: int = 0
@@ -120,6 +121,11 @@ class Options:
         if not (isinstance(self.cycle_every, int) and self.cycle_every >= 1):
             raise ValueError(
                 f"`cycle_every` must be an integer of at least 1, got {self.cycle_every!r}"
+            )
+        if self.join_passes and self.non_finite == "zero":
+            raise ValueError(
+                "`join_passes` puts two terms into one pass, where non_finite='zero' cannot tell "
+                "them apart: use 'skip', or leave the passes apart"
             )
         for term, cap in self.caps.items():
             if term not in TERMS:

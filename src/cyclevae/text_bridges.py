@@ -224,7 +224,7 @@ def word_logits(
 def _by_chunks(choose: Callable[..., Tensor], *rows: Tensor) -> Integer[Tensor, " n"]:
     """An id per row: no copy of all logits is made."""
     size = len(rows[0]) if torch.compiler.is_compiling() else chunk_of(rows[0])
-    parts = zip(*(part.split(max(size, 1)) for part in rows), strict=True)
+    parts = zip(*(torch.split(part, max(size, 1)) for part in rows), strict=True)
     return torch.cat([choose(*part) for part in parts])
 
 
@@ -236,7 +236,8 @@ def _draw(
     mass = (logits - logits.amax(dim=1, keepdim=True)).exp()
     for forbidden in text_process.forbidden_ids:
         mass[:, forbidden] = 0.0  # also in a row with a NaN
-    mass = F.pad(mass, (0, -mass.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    blocks = -(-mass.shape[1] // _BLOCK)
+    mass = F.pad(mass, (0, blocks * _BLOCK - mass.shape[1])).view(-1, blocks, _BLOCK)
     block = _inverse_cdf(mass.sum(dim=2), uniform[:, 0])
     inside = mass.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).squeeze(1)
     return block * _BLOCK + _inverse_cdf(inside, uniform[:, 1])

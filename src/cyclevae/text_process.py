@@ -148,7 +148,7 @@ class TextProcess:
 
     def pad(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
         """Tokens with the padding id where the mask is False."""
-        return _put(tokens, ~attention_mask, self._fill_id)
+        return _put(tokens, ~attention_mask, self.fill_id)
 
     def mask(
         self,
@@ -202,7 +202,8 @@ class TextProcess:
             yield attention_mask & (attention_mask.flip(1).cumsum(1).flip(1) == 1), self.end_id
 
     @property
-    def _fill_id(self) -> int:
+    def fill_id(self) -> int:
+        """The id of padding; the mask id where there is none."""
         return self.mask_id if self.pad_id is None else self.pad_id
 
 
