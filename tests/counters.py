@@ -1,11 +1,14 @@
 """What a step does, counted: host synchronisations, and bytes that are alive."""
 
-import weakref
-from functools import partial
+import sys
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "bench"))
+from memory import PeakBytes as PeakBytes
+from memory import Storages
 
 _READERS = {
     "_local_scalar_dense",
@@ -50,49 +53,6 @@ class HostSyncs(TorchDispatchMode):
         return name in _READERS
 
 
-class _Storages:
-    """The bytes of the storages it has met and that are still alive, views counted once."""
-
-    def __init__(self):
-        self.bytes, self.known = 0, {}
-
-    def meet(self, tensors, *, count=True):
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()  # the same object as long as it is alive
-                key, size = id(storage), storage.nbytes() if count else 0
-                if key not in self.known:
-                    self.known[key] = weakref.ref(storage, partial(self.forget, key, size))
-                    self.bytes += size
-
-    def forget(self, key, size, _):
-        del self.known[key]
-        self.bytes -= size
-
-
-class PeakBytes(TorchDispatchMode):
-    """The bytes of the tensors made inside, forward and backward: `live` now, `peak` at most.
-
-    On the CPU, where the backward runs in the thread that asks for it. What an operator needs
-    while it runs is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = _Storages(), 0
-
-    @property
-    def live(self):
-        return self.storages.bytes
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.storages.meet((args, kwargs), count=False)  # made outside, where not met before
-        output = function(*args, **kwargs or {})
-        self.storages.meet(output)
-        self.peak = max(self.peak, self.live)
-        return output
-
-
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """The bytes that what ran inside keeps for its backward, without those of the parameters.
 
@@ -101,7 +61,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, parameters=()):
         super().__init__(self.pack, lambda saved: saved)
-        self.storages = _Storages()
+        self.storages = Storages()
         self.storages.meet(list(parameters), count=False)
 
     def __enter__(self):
