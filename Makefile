@@ -6,10 +6,11 @@ HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-host lint docs mutate clean
+.PHONY: help demo bench test test-slow test-host lint docs mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
+	@echo "make bench  times and bytes against other code, side by side (ARGS=--quick: a minute)"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
 	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
@@ -17,6 +18,9 @@ help:
 
 demo: .venv/demo
 	@$(BIN)/python examples/sentences/demo.py $(ARGS)
+
+bench: .venv/bench
+	@$(BIN)/python examples/bench/bench.py $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules
@@ -54,7 +58,8 @@ clean:
 	@touch $@
 
 EXTRAS_demo := demo
-EXTRAS_test := test,demo
+EXTRAS_bench := demo,bench
+EXTRAS_test := test,demo,bench
 EXTRAS_host := test,demo,host
 EXTRAS_dev := dev
 EXTRAS_mutate := test,demo,mutate

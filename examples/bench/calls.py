@@ -1,0 +1,101 @@
+"""Pseudo-texts of a large vocabulary, and calls that take microseconds."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from losses import learn
+from plain import moments
+from setting import Found, Setting
+from torch import Tensor, nn
+
+import cyclevae as cv
+from cyclevae.diagnostics import gradient_ledger
+
+
+def bridges(setting: Setting) -> Found:
+    """Text bridges against the lines one writes in their place."""
+    rows, length, v = (2, 8, 100) if setting.quick else (2, 128, 30522)
+    text = cv.TextProcess(mask_id=1, vocab_size=v, pad_id=0)
+    logits = torch.randn(rows, length, v, device=setting.device)
+    mask = torch.ones(rows, length, dtype=torch.bool, device=setting.device)
+    given = {"attention_mask": mask, "text_process": text}
+
+    def multinomial() -> Tensor:
+        return torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), 1).view(rows, length)
+
+    case = f"{rows * length} rows, v = {v}"
+    draw = f"categorical, {case}", "softmax + multinomial"
+    ours = partial(cv.categorical_text, logits, **given)
+    yield setting.time("bridges", *draw, ours, multinomial, target=1 / 3)
+    yield setting.peak("bridges", *draw, ours, multinomial)
+
+    logits.requires_grad_()
+    fixed = torch.randn_like(logits)
+
+    def read(y_hat: Tensor) -> None:
+        torch.autograd.grad(y_hat, logits, fixed)
+
+    relaxed = f"gumbel with backward, {case}", "F.gumbel_softmax(hard=True)"
+    calls = (
+        lambda: read(cv.gumbel_text(logits, **given)),
+        lambda: read(F.gumbel_softmax(logits, hard=True)),
+    )
+    yield setting.time("bridges", *relaxed, *calls)
+    yield setting.peak("bridges", *relaxed, *calls)
+
+
+def small(setting: Setting) -> Found:
+    """What calls cost where the tensors are tiny, so that nothing else is measured."""
+    layers = nn.ModuleList(_layer() for _ in range(25))
+    assert len(list(layers.parameters())) == 300
+
+    def enter() -> None:
+        with cv.freeze(layers):
+            pass
+
+    limit = 1e-3
+    took = setting.time("small", "", "", enter, enter).ours
+    yield setting.row(
+        "small", "freeze 300 parameters", "time", "a millisecond", took, limit, target=1.0
+    )
+
+    z, target = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    tokens = torch.randint(0, 10, (2, 3))
+    mask, logits = tokens >= 0, torch.randn(2, 3, 10, requires_grad=True)
+    biased = partial(cv.moment_prior, estimator="biased")
+    pairs = {
+        ("latent_loss 4 x 8", "F.mse_loss"): (
+            lambda: learn(lambda x: cv.latent_loss(x, target), z),
+            lambda: learn(lambda x: F.mse_loss(x, target), z),
+        ),
+        ("text_loss 2 x 3 x 10", "F.cross_entropy"): (
+            lambda: learn(lambda x: cv.text_loss(x, tokens, mask), logits),
+            lambda: learn(lambda x: F.cross_entropy(x.flatten(0, 1), tokens.flatten()), logits),
+        ),
+        ("moment_prior 4 x 8", "two lines"): (
+            lambda: learn(biased, z),
+            lambda: learn(moments, z),
+        ),
+        ("gradient_ledger of a toy", "its backward passes"): _ledger(),
+    }
+    for named, calls in pairs.items():
+        yield setting.time("small", *named, *calls)
+
+
+def _layer() -> nn.Module:
+    """12 parameters."""
+    return nn.Sequential(*(part for _ in range(3) for part in (nn.LayerNorm(2), nn.Linear(2, 2))))
+
+
+def _ledger() -> tuple[partial[object], partial[object]]:
+    network = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    x = network(torch.randn(4, 8))
+    terms = {"size": x.square().mean(), "mean": x.mean()}
+    groups = {"first": list(network[0].parameters()), "last": list(network[2].parameters())}
+
+    def backward() -> None:
+        for term in terms.values():
+            torch.autograd.grad(term, list(network.parameters()), retain_graph=True)
+
+    return partial(gradient_ledger, terms, groups), partial(backward)

@@ -1,0 +1,219 @@
+"""The whole training step, against the one a user would write and against its bare passes."""
+
+import random
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmdit_model import MMDiTDenoiser
+from plain import plain_step
+from setting import Found, Setting
+from timing import Call
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cyclevae as cv
+
+MASK_ID = 1
+WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, "prior": 0.1}
+OPTIONS: dict[str, Any] = {
+    **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},
+    "unconditional_weight": 0.0,
+    "prior": "moment",
+    "prior_options": {"estimator": "biased"},
+}
+
+
+class Network(MMDiTDenoiser):
+    """In bf16 too: its floating-point inputs take the dtype of its weights."""
+
+    def forward(self, tokens: Tensor, latents: Tensor, **state: Any) -> cv.Denoised:
+        state |= {
+            name: state[name].to(self.position.dtype) for name in ("text_time", "latent_time")
+        }
+        return super().forward(tokens, latents.to(self.position.dtype), **state)
+
+
+class Case:
+    """A network, a batch of pairs and an objective; each step is a forward and a backward."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        rows: int,
+        length: int,
+        width: int,
+        depth: int = 2,
+        vocab_size: int = 30522,
+        latent_dim: int = 384,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        random.seed(0)  # mmdit draws by it which of its streams a block begins with
+        network = Network(
+            vocab_size,
+            latent_dim,
+            length=length,
+            width=width,
+            depth=depth,
+            heads=max(4, width // 64),
+        )
+        self.network = network.to(device, dtype)
+        lengths = torch.randint(length // 2, length + 1, (rows, 1), device=device)
+        self.mask = torch.arange(length, device=device) < lengths
+        self.tokens = torch.randint(3, vocab_size, (rows, length), device=device) * self.mask
+        self.latents = torch.randn(rows, latent_dim, device=device).to(dtype)
+        self.batch = cv.Batch(self.tokens, self.mask, self.latents)
+        self.objective = cv.CycleObjective(
+            cv.TextProcess(MASK_ID, vocab_size, pad_id=0),
+            cv.LatentProcess("continuous_cosine"),
+            **OPTIONS | options,
+        )
+        self.name = f"{depth} x {width}, {str(dtype).removeprefix('torch.')}"
+
+    def ours(self, step: Callable[..., cv.StepOutput] | None = None) -> None:
+        self.network.zero_grad()
+        step = step or partial(self.objective, cv.as_denoiser(self.network))
+        output = step(self.batch, step=0)
+        output.loss.backward()
+        for value in output.metrics.values():
+            value.item()
+
+    def plain(self, network: nn.Module | None = None) -> None:
+        self.network.zero_grad()
+        loss, _ = plain_step(
+            network or self.network, self.tokens, self.mask, self.latents, MASK_ID, WEIGHTS
+        )
+        loss.backward()
+
+    def passes(self) -> list[Tensor]:
+        """The four passes of a step, each asked for what is read of it."""
+        ones, zeros = (
+            self.latents.new_ones(len(self.latents)),
+            self.latents.new_zeros(len(self.latents)),
+        )
+        masked = self.tokens.masked_fill(self.mask, MASK_ID)
+        decode = {"text_time": ones, "latent_time": zeros, "need": "logits"}
+        encode = {"text_time": zeros, "latent_time": ones, "need": "latents"}
+        run = partial(self.network, attention_mask=self.mask)
+        return [
+            run(masked, self.latents, **decode).logits,
+            run(self.tokens, self.latents, **encode).latent_prediction,
+            run(self.tokens, self.latents, **encode).latent_prediction,
+            run(masked, self.latents, **decode).logits,
+        ]
+
+    def bare(self) -> Call:
+        """These passes, and their backward from gradients that are there already."""
+        with torch.no_grad():
+            gradients = [torch.randn_like(output) for output in self.passes()]
+
+        def call() -> None:
+            self.network.zero_grad()
+            torch.autograd.backward(self.passes(), gradients)
+
+        return call
+
+    def l2t(self) -> None:
+        """A step of the decoder alone, as any trainer has it."""
+        self.network.zero_grad()
+        ones = self.latents.new_ones(len(self.latents))
+        output = self.network(
+            self.tokens.masked_fill(self.mask, MASK_ID),
+            self.latents,
+            text_time=ones,
+            latent_time=torch.zeros_like(ones),
+            attention_mask=self.mask,
+        )
+        targets = self.tokens.masked_fill(~self.mask, -100)
+        F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten()).backward()
+
+
+def step(setting: Setting) -> Found:
+    """The full objective, eager."""
+    sizes = [{"rows": 4, "length": 128, "width": width} for width in (256, 512)]
+    sizes += [{"rows": 2, "length": 128, "width": 1024}]
+    if setting.device.type == "cuda":
+        sizes += [{"rows": 16, "length": 128, "width": 1024, "depth": 24}]
+    if setting.quick:
+        sizes = [{"rows": 2, "length": 8, "width": 32, "vocab_size": 100, "latent_dim": 8}]
+    for size in sizes:
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                case = Case(setting.device, dtype=dtype, **size)
+                yield from _eager(setting, case, host_like=size == sizes[-1])
+            except torch.OutOfMemoryError:
+                yield f"step, {size}, {dtype}: out of memory"
+    if setting.quick:
+        yield "step, compiled: not with --quick"
+    else:
+        yield from _compiled(setting)
+
+
+def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
+    peak = 0.6 if case.latents.dtype == torch.bfloat16 else 0.85
+    calls = case.ours, case.plain
+    given = "step", case.name, "plain step"
+    yield setting.time(*given, *calls, target=0.8, rounds=5)
+    yield setting.peak(*given, *calls, target=peak)
+    yield setting.row("step", case.name, "flops", "plain step", *map(_flops, calls))
+    if host_like:
+        bare = case.bare()
+        yield setting.time("step", case.name, "bare passes", case.ours, bare, target=1.03, rounds=5)
+        yield setting.row(
+            "step", case.name, "flops", "bare passes", _flops(case.ours), _flops(bare)
+        )
+        yield setting.time("step", case.name, "one L2T step", case.ours, case.l2t)
+
+
+def _compiled(setting: Setting) -> Found:
+    """One small size through torch.compile; the library's step is one module."""
+    from torch._dynamo.utils import counters
+
+    case = Case(setting.device, rows=4, length=32, width=128, depth=1)
+    module = torch.compile(cv.StepModule(cv.as_denoiser(case.network), case.objective))
+    network = torch.compile(case.network)
+    calls = partial(case.ours, module), partial(case.plain, network)
+    for name, call in zip(("ours", "plain step"), calls, strict=True):
+        counters.clear()
+        try:
+            call()
+        except Exception as error:
+            yield f"step, compiled: {name} failed: {str(error).splitlines()[0]}"
+            return
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        yield f"step, compiled: {name} has {graphs} graphs and {breaks} graph breaks"
+    yield setting.time("step", f"{case.name}, compiled", "plain step", *calls, rounds=5)
+
+
+def joined(setting: Setting) -> Found:
+    """Base passes in one call of the network, where what a call costs is its launches."""
+    if "join_passes" not in {field.name for field in fields(cv.CycleObjective)}:
+        yield "joined: CycleObjective has no option `join_passes`"
+        return
+    for width in (32,) if setting.quick else (64, 128, 256):
+        for rows in (1, 2, 4):
+            size = {"rows": rows, "length": 32, "width": width, "vocab_size": 1000}
+            size |= {f"{term}_weight": 0.0 for term in ("cycle_text", "cycle_latent", "prior")}
+            alone = Case(setting.device, **size)
+            together = Case(setting.device, **size, join_passes=True)
+            yield setting.time(
+                "joined",
+                f"{alone.name}, {rows} x 32, v = 1000",
+                "join_passes=False",
+                together.ours,
+                alone.ours,
+                target=1 / 1.4,
+            )
+
+
+def _flops(call: Call) -> int:
+    """Of matrix products, which are all that the counter of torch knows."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
