@@ -20,13 +20,13 @@ try:
     from losses import mmd, text
     from results import Row, line, machine, plot, save, table
     from setting import Setting
-    from steps import joined, step
+    from steps import compiled, joined, step
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f'error: the bench misses a package ({error}): run "make bench", which installs it')
 
-BENCHMARKS = {f.__name__: f for f in (step, text, mmd, bridges, small, joined)}
-CPU_ONLY = {"small"}
+BENCHMARKS = {f.__name__: f for f in (step, text, mmd, bridges, small, joined, compiled)}
+CPU_ONLY, ON_REQUEST = {"small"}, {"compiled"}
 
 
 def main() -> int:
@@ -75,8 +75,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes without targets, a minute")
     parser.add_argument(
-        "--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME",
-        help=f"some of {', '.join(BENCHMARKS)}",
+        "--only", nargs="+", choices=BENCHMARKS, metavar="NAME",
+        default=[name for name in BENCHMARKS if name not in ON_REQUEST],
+        help=f"some of {', '.join(BENCHMARKS)} (default: all but {', '.join(ON_REQUEST)})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")

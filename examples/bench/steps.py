@@ -1,6 +1,7 @@
 """The whole training step, against the one a user would write and against its bare passes."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -74,11 +75,14 @@ class Case:
             cv.LatentProcess("continuous_cosine"),
             **OPTIONS | options,
         )
-        self.name = f"{depth} x {width}, {str(dtype).removeprefix('torch.')}"
+        self.name = (
+            f"{depth} x {width}, {rows} x {length} tokens, {str(dtype).removeprefix('torch.')}"
+        )
 
     def ours(self, step: Callable[..., cv.StepOutput] | None = None) -> None:
         self.network.zero_grad()
-        step = step or partial(self.objective, cv.as_denoiser(self.network))
+        if step is None:
+            step = partial(self.objective, cv.as_denoiser(self.network))
         output = step(self.batch, step=0)
         output.loss.backward()
         for value in output.metrics.values():
@@ -87,7 +91,12 @@ class Case:
     def plain(self, network: nn.Module | None = None) -> None:
         self.network.zero_grad()
         loss, _ = plain_step(
-            network or self.network, self.tokens, self.mask, self.latents, MASK_ID, WEIGHTS
+            self.network if network is None else network,
+            self.tokens,
+            self.mask,
+            self.latents,
+            MASK_ID,
+            WEIGHTS,
         )
         loss.backward()
 
@@ -149,10 +158,6 @@ def step(setting: Setting) -> Found:
                 yield from _eager(setting, case, host_like=size == sizes[-1])
             except torch.OutOfMemoryError:
                 yield f"step, {size}, {dtype}: out of memory"
-    if setting.quick:
-        yield "step, compiled: not with --quick"
-    else:
-        yield from _compiled(setting)
 
 
 def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
@@ -171,24 +176,27 @@ def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
         yield setting.time("step", case.name, "one L2T step", case.ours, case.l2t)
 
 
-def _compiled(setting: Setting) -> Found:
-    """One small size through torch.compile; the library's step is one module."""
+def compiled(setting: Setting) -> Found:
+    """One small size through torch.compile, which takes minutes; our step is one module."""
     from torch._dynamo.utils import counters
 
-    case = Case(setting.device, rows=4, length=32, width=128, depth=1)
+    size = {"vocab_size": 100, "latent_dim": 8} if setting.quick else {}
+    case = Case(setting.device, rows=4, length=32, width=128, depth=1, **size)
     module = torch.compile(cv.StepModule(cv.as_denoiser(case.network), case.objective))
     network = torch.compile(case.network)
     calls = partial(case.ours, module), partial(case.plain, network)
     for name, call in zip(("ours", "plain step"), calls, strict=True):
         counters.clear()
+        began = time.perf_counter()
         try:
             call()
         except Exception as error:
-            yield f"step, compiled: {name} failed: {str(error).splitlines()[0]}"
+            yield f"compiled: {name} failed: {str(error).splitlines()[0]}"
             return
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-        yield f"step, compiled: {name} has {graphs} graphs and {breaks} graph breaks"
-    yield setting.time("step", f"{case.name}, compiled", "plain step", *calls, rounds=5)
+        took = time.perf_counter() - began
+        yield f"compiled: {name} has {graphs} graphs, {breaks} breaks and took {took:.0f} s"
+    yield setting.time("compiled", case.name, "plain step", *calls, rounds=5)
 
 
 def joined(setting: Setting) -> Found:
@@ -204,7 +212,7 @@ def joined(setting: Setting) -> Found:
             together = Case(setting.device, **size, join_passes=True)
             yield setting.time(
                 "joined",
-                f"{alone.name}, {rows} x 32, v = 1000",
+                f"{alone.name}, v = 1000",
                 "join_passes=False",
                 together.ours,
                 alone.ours,

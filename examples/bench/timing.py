@@ -56,9 +56,10 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def _repeats(call: Call, clock: Clock) -> int:
-    """Warm up; how many calls it takes to fill two milliseconds."""
-    call()
-    return max(1, round(0.002 / max(_time(call, 1, clock), 1e-7)))
+    """Warm up; how many calls fill two milliseconds."""
+    first = _time(call, 1, clock)
+    took = first if first > 1 else _time(call, 1, clock)  # what takes seconds needs no warm-up
+    return max(1, round(0.002 / max(took, 1e-7)))
 
 
 def _time(call: Call, repeats: int, clock: Clock) -> float:
