@@ -34,7 +34,10 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of the compiler and of other packages
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: cannot make {options.out}: {error.strerror}; choose another with --out")
     about, rows, notes = machine(), [], []
     stopped = False
     try:
