@@ -13,10 +13,11 @@ from sklearn.gaussian_process.kernels import RationalQuadratic
 from sklearn.metrics.pairwise import rbf_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cyclevae as cv
 import oracles_mmd as oracles
-from cyclevae.kernels import gaussian_kernel, imq_kernel, squared_distances
+from cyclevae.kernels import gaussian_kernel, imq_kernel, own_distances, squared_distances
 from cyclevae.priors.mmd import mmd_prior
 from oracles import array, assert_near_mean
 from strategies import latents, quick, seeds
@@ -839,6 +840,29 @@ def test_distances_do_not_cancel_far_from_the_origin():
     np.testing.assert_allclose(far, exact, atol=1e-4)
     twice = randn(50, 33).float()  # not clamped, some of these would be near -3e-5
     assert (squared_distances(twice, twice) >= 0).all()
+
+
+def test_own_distances_are_the_distances_with_one_product_less():
+    x, g = randn(6, 3).requires_grad_(), randn(6, 6)
+
+    def gradient(distances):
+        return torch.autograd.grad((distances(x) * g).sum(), x, create_graph=True)[0]
+
+    found, expected = gradient(own_distances), gradient(lambda x: squared_distances(x, x))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
+    )
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        rows = x.detach() if transform is torch.func.grad else x.detach()[None]
+        once = transform(lambda x: (own_distances(x) * g).sum())(rows)
+        torch.testing.assert_close(once.view_as(x), expected)
+    products = []
+    for distances in (own_distances, lambda x: squared_distances(x, x)):
+        with FlopCounterMode(display=False) as count:
+            distances(x).sum().backward()
+        products.append(count.get_total_flops() / (2 * 6 * 6 * 3))
+    assert products == [2, 3]
 
 
 class Rounded(TorchFunctionMode):

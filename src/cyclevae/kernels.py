@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -112,6 +113,38 @@ def squared_distances(x: Float[Tensor, "b D"], y: Float[Tensor, "m D"]) -> Float
     x, y = x - shift, y - shift
     square = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
     return (square - 2 * x @ y.T).clamp(min=0)
+
+
+def own_distances(x: Float[Tensor, "b D"]) -> Float[Tensor, "b b"]:
+    """`||x_i - x_j||^2`, all pairs of one sample, by one product of matrices in each direction."""
+    if torch.compiler.is_compiling():
+        return squared_distances(x, x)
+    distances: Tensor = _OwnDistances.apply(x)  # type: ignore[no-untyped-call]
+    return distances
+
+
+class _OwnDistances(torch.autograd.Function):
+    """Autograd takes two products for the gradient of `x @ x.T`; their sum needs one.
+
+    With the gradient `g` and `s = g + g^T` it is `2 (s 1 x - s x)`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return squared_distances(x, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x, both = x - x.mean(dim=0).detach(), gradient + gradient.T
+        result: Tensor = 2 * (both.sum(dim=1, keepdim=True) * x - both @ x)
+        return result
 
 
 def _excess(base: Tensor, log_ratio: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cyclevae import _checks
 from cyclevae._precision import fp32, no_autocast
 from cyclevae._types import Latents, Number, Scalar
-from cyclevae.kernels import gaussian_kernel, imq_kernel, squared_distances
+from cyclevae.kernels import gaussian_kernel, imq_kernel, own_distances, squared_distances
 from cyclevae.priors._samples import Moment, standard_form
 
 KernelName = Literal["gaussian", "imq"]
@@ -131,7 +131,7 @@ def _pairs(x: Samples, estimator: MMDEstimator) -> Float[Tensor, "..."]:
     if estimator == "linear":
         return (x[0::2] - x[1::2]).square().sum(dim=1)
     n = len(x)  # row by row, a diagonal element comes every n + 1
-    return squared_distances(x, x).flatten()[1:].view(n - 1, n + 1)[:, :-1]
+    return own_distances(x).flatten()[1:].view(n - 1, n + 1)[:, :-1]
 
 
 def _cross(x: Samples, y: Float[Tensor, "m D"], estimator: MMDEstimator) -> Float[Tensor, "..."]:
