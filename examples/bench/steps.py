@@ -80,7 +80,7 @@ class Case:
         )
 
     def ours(self, step: Callable[..., cv.StepOutput] | None = None) -> None:
-        self.network.zero_grad()
+        self.network.zero_grad(set_to_none=False)  # as all but the first step
         if step is None:
             step = partial(self.objective, cv.as_denoiser(self.network))
         output = step(self.batch, step=0)
@@ -89,7 +89,7 @@ class Case:
             value.item()
 
     def plain(self, network: nn.Module | None = None) -> None:
-        self.network.zero_grad()
+        self.network.zero_grad(set_to_none=False)  # as all but the first step
         loss, _ = plain_step(
             self.network if network is None else network,
             self.tokens,
@@ -123,14 +123,14 @@ class Case:
             gradients = [torch.randn_like(output) for output in self.passes()]
 
         def call() -> None:
-            self.network.zero_grad()
+            self.network.zero_grad(set_to_none=False)  # as all but the first step
             torch.autograd.backward(self.passes(), gradients)
 
         return call
 
     def l2t(self) -> None:
         """A step of the decoder alone, as any trainer has it."""
-        self.network.zero_grad()
+        self.network.zero_grad(set_to_none=False)  # as all but the first step
         ones = self.latents.new_ones(len(self.latents))
         output = self.network(
             self.tokens.masked_fill(self.mask, MASK_ID),
