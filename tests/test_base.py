@@ -13,7 +13,7 @@ from torch import nn
 import cyclevae as cv
 import oracles
 import oracles_latents
-from counters import PeakBytes
+from counters import PeakBytes, SavedBytes
 from cyclevae import _cross_entropy
 from cyclevae.base import min_snr_weight
 from cyclevae.schedules import anneal
@@ -979,6 +979,34 @@ def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
 
 
 # --- cross-entropy in chunks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0, 1, 6, 11, 12])
+def test_rows_that_do_not_count_are_left_out(monkeypatch, kept, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 50, generator=generator).to(dtype)
+    tokens = torch.randint(0, 50, (2, 6), generator=generator)
+    mask = (torch.randperm(12, generator=generator) < kept).view(2, 6)
+    logits[~mask] = torch.nan
+    weight = torch.randn(2, 6, generator=generator)
+    found = []
+    for compacts in (_cross_entropy._compacts, lambda mask: False):
+        monkeypatch.setattr(_cross_entropy, "_compacts", compacts)
+        x = logits.clone().requires_grad_()
+        loss = (_cross_entropy.token_nll(x, tokens, mask) * weight).sum()
+        found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    torch.testing.assert_close(*found)
+    assert found[0][1].isfinite().all()
+
+
+def test_what_is_kept_is_of_the_rows_that_count():
+    logits = torch.zeros(4, 100, 1000, requires_grad=True)
+    mask = torch.arange(100).expand(4, 100) < 25
+    with SavedBytes() as saved:
+        loss = cv.text_loss(logits * 1, torch.zeros(4, 100, dtype=torch.long), mask)
+        assert saved.live < 0.27 * 4 * logits.numel()
+    del loss
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
