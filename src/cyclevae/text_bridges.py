@@ -172,7 +172,8 @@ def gumbel_text(
     words = word_logits(logits, attention_mask, text_process)
     noisy = words + _gumbel(words, generator)
     soft = (noisy / temperature).softmax(dim=-1)
-    return text_process.frame(_one_hot(noisy.argmax(dim=-1), soft), attention_mask)
+    words = noisy.detach().max(dim=-1).indices  # as in argmax_text
+    return text_process.frame(_one_hot(words, soft), attention_mask)
 
 
 def soft_text(
