@@ -20,12 +20,12 @@ try:
     from losses import mmd, text
     from results import Row, line, machine, plot, save, table
     from setting import Setting
-    from steps import compiled, joined, step
+    from steps import compiled, joined, step, variants
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f'error: the bench misses a package ({error}): run "make bench", which installs it')
 
-BENCHMARKS = {f.__name__: f for f in (step, text, mmd, bridges, small, joined, compiled)}
+BENCHMARKS = {f.__name__: f for f in (step, variants, text, mmd, bridges, small, joined, compiled)}
 CPU_ONLY, ON_REQUEST = {"small"}, {"compiled"}
 
 

@@ -3,12 +3,12 @@
 import random
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from mmdit_model import MMDiTDenoiser
 from plain import plain_step
 from setting import Found, Setting
@@ -26,6 +26,29 @@ OPTIONS: dict[str, Any] = {
     "prior": "moment",
     "prior_options": {"estimator": "biased"},
 }
+
+
+def _as_it_is(denoiser: cv.Denoiser) -> cv.Denoiser:
+    return denoiser
+
+
+CHANGES: dict[str, tuple[dict[str, Any], Callable[[cv.Denoiser], cv.Denoiser]]] = {
+    "cycle_text_weight=0, cycle_latent_weight=0": (
+        {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}, _as_it_is
+    ),
+    "cycle_fraction=0.5": ({"cycle_fraction": 0.5}, _as_it_is),
+    "checkpoint_passes": ({}, cv.checkpoint_passes),
+    "checkpoint_passes, cycle_fraction=0.5": ({"cycle_fraction": 0.5}, cv.checkpoint_passes),
+    "join_passes=True": ({"join_passes": True}, _as_it_is),
+    "unconditional_weight=1": ({"unconditional_weight": 1.0}, _as_it_is),
+    "text_policy='full'": ({"text_policy": "full"}, _as_it_is),
+    "latent_bridge of 4 steps": (
+        {"latent_bridge": cv.LatentBridge(steps=4)}, _as_it_is
+    ),
+    "text_bridge='gumbel', latent_policy='full'": (
+        {"text_bridge": "gumbel", "latent_policy": "full"}, _as_it_is
+    ),
+}  # fmt: skip
 
 
 class Network(MMDiTDenoiser):
@@ -201,9 +224,6 @@ def compiled(setting: Setting) -> Found:
 
 def joined(setting: Setting) -> Found:
     """Base passes in one call of the network, where what a call costs is its launches."""
-    if "join_passes" not in {field.name for field in fields(cv.CycleObjective)}:
-        yield "joined: CycleObjective has no option `join_passes`"
-        return
     for width in (32,) if setting.quick else (64, 128, 256):
         for rows in (1, 2, 4):
             size = {"rows": rows, "length": 32, "width": width, "vocab_size": 1000}
@@ -218,6 +238,22 @@ def joined(setting: Setting) -> Found:
                 alone.ours,
                 target=1 / 1.4,
             )
+
+
+def variants(setting: Setting) -> Found:
+    """What an option makes of the FLOPs and the peak bytes of the four-pass step."""
+    size = {"rows": 4, "length": 128, "width": 256}
+    if setting.quick:
+        size = {"rows": 4, "length": 8, "width": 32, "vocab_size": 100, "latent_dim": 8}
+    four = Case(setting.device, **size)
+    for name, (changes, wrap) in CHANGES.items():
+        case = Case(setting.device, **size, **changes)
+        call = partial(case.ours, partial(case.objective, wrap(cv.as_denoiser(case.network))))
+        call()  # from here on there are gradients
+        for measured in (_flops, partial(peak_bytes, device=setting.device)):
+            quantity = "flops" if measured is _flops else "peak bytes"
+            found = measured(call), measured(four.ours)
+            yield setting.row("variants", name, quantity, "the four-pass step", *found)
 
 
 def _flops(call: Call) -> int:
