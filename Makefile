@@ -59,7 +59,7 @@ clean:
 
 EXTRAS_demo := demo
 EXTRAS_bench := demo,bench
-EXTRAS_test := test,demo,bench
+EXTRAS_test := test,demo
 EXTRAS_host := test,demo,host
 EXTRAS_dev := dev
 EXTRAS_mutate := test,demo,mutate

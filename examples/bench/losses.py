@@ -7,8 +7,6 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from geomloss import SamplesLoss
-from pythae.models import WAE_MMD, WAE_MMD_Config
 from setting import Found, Setting
 from torch import Tensor
 
@@ -98,6 +96,8 @@ def mmd(setting: Setting) -> Found:
 
 def pythae(d: int, scales: Sequence[float], kernel: str) -> TwoSided:
     """The MMD inside the loss of pythae's own model; its reconstruction is of one number."""
+    from pythae.models import WAE_MMD, WAE_MMD_Config
+
     choice = "rbf" if kernel == "gaussian" else kernel
     config = WAE_MMD_Config((1,), d, kernel_choice=choice, scales=list(scales))
     model = WAE_MMD(config)
@@ -111,6 +111,8 @@ def pythae(d: int, scales: Sequence[float], kernel: str) -> TwoSided:
 
 def geomloss(d: int, scales: Sequence[float]) -> TwoSided:
     """Half the squared MMD to samples in geomloss, a call for each scale."""
+    from geomloss import SamplesLoss
+
     losses = [SamplesLoss("gaussian", blur=math.sqrt(scale * d)) for scale in scales]
     return lambda z, prior: 2 * torch.stack([loss(z, prior) for loss in losses]).mean()
 
