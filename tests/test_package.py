@@ -22,7 +22,7 @@ LAYERS = (
     {"_types", "roles"},
     {"_selection", "_checks", "_precision", "_table", "_chunks"},
     {"_gate"},
-    {"_reduce", "_cross_entropy", "_config", "schedules", "kernels", "pool"},
+    {"_reduce", "_statistics", "_cross_entropy", "_config", "schedules", "kernels", "pool"},
     {"text_process", "latent_process", "times", "gradient_policy"},
     {"denoiser", "policies"},
     {"text_bridges"},

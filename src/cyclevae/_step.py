@@ -13,9 +13,10 @@ from cyclevae._gate import check_patterns
 from cyclevae._plan import LATENT_HALF, Planned
 from cyclevae._prior import needs_two_rows, prior_loss
 from cyclevae._reduce import reduce_latents, reduce_text
+from cyclevae._statistics import mean_norm, moments
 from cyclevae._types import Count, Latents, Logits, Mask, Number, Rows, Time, Tokens
 from cyclevae.base import decode_masked, encoded_loss, t2l_loss, text_loss
-from cyclevae.batch import Arranged, Texts, pick_rows, stack_masks
+from cyclevae.batch import Arranged, Texts, pick_rows
 from cyclevae.bridges import pseudo_text
 from cyclevae.contrastive import infonce_loss, same_text
 from cyclevae.cycles import cycle_latent_loss, cycle_text_loss
@@ -300,9 +301,9 @@ class Step(NamedTuple):
             z_hat = o.latent_bridge.read(encoded, o.latent_process)
         else:
             z_hat = self._bridge(texts, noise, time, teaches=not apart)
-        self.metrics.update(_moments(z_hat.detach()))
+        self.metrics.update(moments(z_hat.detach()))
         if self.rows.latents is not None:
-            self.metrics["latent_norm"] = _mean_norm(self.rows.latents, self.rows.has_latent)
+            self.metrics["latent_norm"] = mean_norm(self.rows.latents, self.rows.has_latent)
         if self._runs("cycle_text"):
             pairs, others = self._cycled(self.rows.need_texts().tokens)
             paired = p if self._encodes_all_pairs() else pairs
@@ -401,29 +402,23 @@ class Step(NamedTuple):
 
     def _denoise_both(self) -> None:
         """One pass with both parts noised; a row without a partner trains the part it has."""
-        o, rows = self.objective, self.rows
-        texts, latents, p = rows.need_texts(), rows.need_latents(), rows.paired
-        alone, extra = len(texts.tokens) - p, len(latents) - p
-        blank = latents.new_zeros(alone, *latents.shape[1:])
-        lengths = rows.lengths_to_decode(self.generator)[p:]
-        mask = stack_masks(texts.mask, lengths)
-        tokens = F.pad(texts.tokens, (0, mask.shape[1] - texts.tokens.shape[1], 0, extra))
-        has_text, has_latent = rows.present()
-        has_text = F.pad(has_text, (0, extra))
-        has_latent = torch.cat([has_latent[:p], has_latent.new_zeros(alone), has_latent[p:]])
+        o, p = self.objective, self.rows.paired
+        rows = self.rows.side_by_side(self.generator)
+        has_text = rows.has_text
         if o.null_rate > 0:
-            kept = stratified_times(p, device=mask.device, generator=self.generator) > o.null_rate
-            has_text = has_text & F.pad(kept, (0, alone + extra), value=True)
+            device = rows.mask.device
+            kept = stratified_times(p, device=device, generator=self.generator) > o.null_rate
+            has_text = has_text & F.pad(kept, (0, len(has_text) - p), value=True)
         time = o.unconditional_latent_time
         loss = unconditional_loss(
             self.denoiser,
-            o.text_process.pad(tokens, mask),
-            torch.cat([latents[:p], blank, latents[p:]]),
-            mask,
+            o.text_process.pad(rows.tokens, rows.mask),
+            rows.latents,
+            rows.mask,
             **self._processes(),
             has_text=has_text,
-            has_latent=has_latent,
-            latent_time=None if time is None else self._time(time, tokens),
+            has_latent=rows.has_latent,
+            latent_time=None if time is None else self._time(time, rows.tokens),
             generator=self.generator,
             text_count=self.counts.get("unconditional_text_loss"),
             latent_count=self.counts.get("unconditional_latent_loss"),
@@ -462,20 +457,3 @@ class Step(NamedTuple):
     def _common_generator(self, like: Tensor) -> torch.Generator:
         """Draws that are the same on every rank."""
         return torch.Generator(like.device).manual_seed(self.objective.seed + self.step)
-
-
-def _mean_norm(latents: Latents, rows: Rows | None = None) -> Tensor:
-    norms: Tensor = latents.flatten(1).float().norm(dim=1)
-    if rows is not None:  # the others are zeros
-        return norms.sum() / rows.sum().clamp(min=1)
-    return norms.sum() / max(len(norms), 1)
-
-
-def _moments(z_hat: Latents) -> dict[str, Tensor]:
-    """Is the latent alive: its norm, and mean and variance pooled over dimensions."""
-    flat = z_hat.flatten(1).float()
-    return {
-        "latent_pred_norm": _mean_norm(z_hat),
-        "latent_pred_mean": flat.mean(dim=0).square().mean().sqrt(),
-        "latent_pred_variance": flat.var(dim=0, correction=0).mean(),
-    }

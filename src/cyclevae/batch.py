@@ -68,6 +68,16 @@ class Texts(NamedTuple):
         return Texts(*(pick_rows(part, paired, pairs, others) for part in self))
 
 
+class SideBySide(NamedTuple):
+    """Rows that have a text, a latent or both."""
+
+    tokens: Tokens
+    latents: Latents
+    mask: Mask
+    has_text: Rows
+    has_latent: Rows
+
+
 class Arranged(NamedTuple):
     """A checked batch per direction: paired rows first, then unpaired ones.
 
@@ -146,6 +156,21 @@ class Arranged(NamedTuple):
                 none if texts is None else texts.mask, unpaired, generator=generator
             )
         return drawn if texts is None else stack_masks(texts.mask[: self.paired], drawn)
+
+    def side_by_side(self, generator: torch.Generator | None) -> "SideBySide":
+        """Pairs, texts without a latent, and latents without a text, each with room for both."""
+        texts, latents, p = self.need_texts(), self.need_latents(), self.paired
+        alone, extra = len(texts.tokens) - p, len(latents) - p
+        mask = stack_masks(texts.mask, self.lengths_to_decode(generator)[p:])
+        has_text, has_latent = self.present()
+        blank = latents.new_zeros(alone, *latents.shape[1:])
+        return SideBySide(
+            F.pad(texts.tokens, (0, mask.shape[1] - texts.tokens.shape[1], 0, extra)),
+            torch.cat([latents[:p], blank, latents[p:]]),
+            mask,
+            F.pad(has_text, (0, extra)),
+            torch.cat([has_latent[:p], has_latent.new_zeros(alone), has_latent[p:]]),
+        )
 
 
 def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProcess) -> Arranged:
