@@ -991,8 +991,8 @@ def test_rows_that_do_not_count_are_left_out(monkeypatch, kept, dtype):
     logits[~mask] = torch.nan
     weight = torch.randn(2, 6, generator=generator)
     found = []
-    for compacts in (_cross_entropy._compacts, lambda mask: False):
-        monkeypatch.setattr(_cross_entropy, "_compacts", compacts)
+    for counted in (_cross_entropy._counted, lambda mask: (None, mask)):
+        monkeypatch.setattr(_cross_entropy, "_counted", counted)
         x = logits.clone().requires_grad_()
         loss = (_cross_entropy.token_nll(x, tokens, mask) * weight).sum()
         found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))

@@ -1,5 +1,6 @@
 """The cross-entropy of tokens, without a copy of the logits in fp32."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b 
 
 
 class _TokenNLL(torch.autograd.Function):
-    """`logsumexp(x) - x[y]` per row, in chunks of rows whose fp32 copies are small.
+    """`-log_softmax(x)[y]` per row, in chunks of rows whose fp32 copies are small.
 
     The gradient `softmax(x) - onehot(y)` comes from the logits again. A row that does not count has
     none, be it NaN. On a CPU, where their number may be read, only the rows that count are kept.
@@ -36,32 +37,37 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        rows = mask.nonzero().squeeze(1) if _compacts(mask) else None
-        x = logits.detach() if rows is None else logits.detach()[rows]
-        y = labels if rows is None else labels[rows]
-        parts = [fp32(part).logsumexp(dim=1) for part in torch.split(x, chunk_of(x))]
-        log_z = torch.cat(parts)
-        ctx.save_for_backward(x, y, mask, log_z, rows)
-        nll = log_z - fp32(x.gather(1, y[:, None]).squeeze(1))
+        rows, mask_of_rows = _counted(mask)
+        x, y = logits.detach(), labels
+        if rows is not None:
+            x, y = x[rows], y[rows]
+        nll = torch.cat(
+            [
+                -fp32(part).log_softmax(dim=1).gather(1, label[:, None]).squeeze(1)
+                for part, label in _chunks(x, y)
+            ]
+        )
+        ctx.save_for_backward(x, y, rows, mask_of_rows)
+        ctx.rows = len(mask)
         if rows is not None:
             return nll.new_zeros(len(mask)).index_copy_(0, rows, nll)
-        return torch.where(mask, nll, torch.zeros_like(nll))
+        return nll if mask_of_rows is None else torch.where(mask, nll, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, y, mask, log_z, rows = ctx.saved_tensors
+        x, y, rows, mask = ctx.saved_tensors
         if rows is None:
             result = places = torch.empty_like(x)
         else:
-            result, places = x.new_zeros(len(mask), x.shape[1]), rows
-            mask, gradient = mask[rows], gradient[rows]
-        whole = (places, x, y, mask, log_z, gradient)
-        parts = (torch.split(part, chunk_of(x)) for part in whole)
-        for place, logits, label, counts, z, g in zip(*parts, strict=True):
-            p = (fp32(logits) - z[:, None]).exp_()
+            result, places, gradient = x.new_zeros(ctx.rows, x.shape[1]), rows, gradient[rows]
+        counts = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
+        for place, logits, label, g, counted in _chunks(places, x, y, gradient, counts):
+            p = fp32(logits).softmax(dim=1)
             p.scatter_add_(1, label[:, None], p.new_full((len(p), 1), -1.0))
-            p.mul_(g[:, None]).masked_fill_(~counts[:, None], 0.0)
+            p.mul_(g[:, None])
+            if mask is not None:  # be it NaN
+                p.masked_fill_(~counted[:, None], 0.0)
             if rows is None:
                 place.copy_(p)
             else:
@@ -69,6 +75,18 @@ class _TokenNLL(torch.autograd.Function):
         return result, None, None
 
 
-def _compacts(mask: Tensor) -> bool:
-    """Whether to leave out the rows that do not count: where copying the others is cheaper."""
-    return mask.device.type == "cpu" and reads_values(mask) and 8 * int(mask.sum()) < 7 * len(mask)
+def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time; the logits are the widest."""
+    size = min(chunk_of(part) for part in parts if part.ndim == 2)
+    return zip(*(torch.split(part, size) for part in parts), strict=True)
+
+
+def _counted(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The rows to compute, and which of them count; all of them where None."""
+    if mask.device.type == "cpu" and reads_values(mask):
+        count = int(mask.sum())
+        if count == len(mask):
+            return None, None
+        if 8 * count < 7 * len(mask):  # the others are cheaper to copy than to compute
+            return mask.nonzero().squeeze(1), None
+    return None, mask
