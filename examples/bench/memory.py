@@ -16,13 +16,18 @@ class Storages:
     def __init__(self) -> None:
         self.bytes, self.known = 0, {}
 
+    def sizes(self) -> list[int]:
+        """Of those that are alive and were made inside."""
+        return [size for _, size in self.known.values() if size]
+
     def meet(self, tensors: Any, *, count: bool = True) -> None:
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()  # the same object as long as it is alive
                 key, size = id(storage), storage.nbytes() if count else 0
                 if key not in self.known:
-                    self.known[key] = weakref.ref(storage, partial(self.forget, key, size))
+                    ends = weakref.ref(storage, partial(self.forget, key, size))
+                    self.known[key] = ends, size
                     self.bytes += size
 
     def forget(self, key: int, size: int, _: Any) -> None:
@@ -37,9 +42,10 @@ class PeakBytes(TorchDispatchMode):
     while it runs is not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, itemise: bool = False) -> None:
         super().__init__()
         self.storages, self.peak = Storages(), 0
+        self.itemise, self.sizes = itemise, []  # what was alive at the peak
 
     @property
     def live(self) -> int:
@@ -49,7 +55,10 @@ class PeakBytes(TorchDispatchMode):
         self.storages.meet((args, kwargs), count=False)  # made outside, where not met before
         output = function(*args, **kwargs or {})
         self.storages.meet(output)
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
+            if self.itemise:
+                self.sizes = self.storages.sizes()
         return output
 
 

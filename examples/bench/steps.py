@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
+from memory import PeakBytes, peak_bytes
 from mmdit_model import MMDiTDenoiser
 from plain import plain_step
 from setting import Found, Setting
 from timing import Call
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cyclevae as cv
@@ -190,6 +191,8 @@ def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
     yield setting.time(*given, *calls, target=0.8, rounds=5)
     yield setting.peak(*given, *calls, target=peak)
     yield setting.row("step", case.name, "flops", "plain step", *map(_flops, calls))
+    if setting.device.type == "cpu":
+        yield from _why(case)
     if host_like:
         bare = case.bare()
         yield setting.time("step", case.name, "bare passes", case.ours, bare, target=1.03, rounds=5)
@@ -197,6 +200,30 @@ def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
             "step", case.name, "flops", "bare passes", _flops(case.ours), _flops(bare)
         )
         yield setting.time("step", case.name, "one L2T step", case.ours, case.l2t)
+
+
+def _why(case: Case) -> Found:
+    """What time and bytes go to: notes, for ratios that fall short."""
+    table = case.network.text_head.weight
+    v, width = table.shape
+    if width == case.tokens.numel():  # as large as logits
+        return
+    for name, call in (("ours", case.ours), ("plain step", case.plain)):
+        with profile() as profiled:
+            call()
+        times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+        products = sum(times.get(f"aten::{name}", 0) for name in ("mm", "addmm", "bmm", "baddbmm"))
+        with PeakBytes(itemise=True) as held:
+            call()
+        row = v * table.element_size()
+        weights = sum(size for size in held.sizes if size == width * row)
+        logits = sum(size for size in held.sizes if size % row == 0) - weights
+        yield (
+            f"step, {case.name}, {name}: {products / sum(times.values()):.0%} of the time are "
+            f"matrix products; of {held.peak / 2**20:.0f} MiB at the peak, logits and their "
+            f"gradient are {logits / 2**20:.0f}, gradients of the word tables on their way "
+            f"{weights / 2**20:.0f}"
+        )
 
 
 def compiled(setting: Setting) -> Found:

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from cyclevae import _checks
@@ -143,12 +144,12 @@ def l2t_and_t2l(
     denoiser: Denoiser,
     latents: Latents,
     lengths: MaskLike,
-    tokens: Tokens,
-    attention_mask: MaskLike,
+    tokens: Integer[Tensor, "c t"],
+    attention_mask: Shaped[Tensor, "c t"],
     *,
     text_process: TextProcess,
     latent_process: LatentProcess,
-    noise: Latents | None = None,
+    noise: Float[Tensor, "c *n d"] | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Logits, T2L]:
     """`l2t` of some rows and `t2l` from pure noise of others, in one pass over all of them.
@@ -159,7 +160,7 @@ def l2t_and_t2l(
         denoiser: the model, which reads each row by itself and ignores padding.
         latents: to decode, `[b, d]` or `[b, n, d]`.
         lengths: `[b, s]`, True = keep: of the texts to write.
-        tokens: to encode, `[c, s']`.
+        tokens: to encode, `[c, t]`.
         attention_mask: theirs, True = keep.
         text_process: the text process.
         latent_process: the latent process.

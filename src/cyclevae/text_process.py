@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cyclevae import _checks
-from cyclevae._types import AnyTokens, Logits, Mask, Time, Tokens
+from cyclevae._types import AnyTokens, Mask, Time, Tokens
 
 TaughtPadding = Literal["none", "first", "all"]
 
@@ -114,7 +116,7 @@ class TextProcess:
         allowed = {None} if self.end == "placed" else {None, self.end_id}
         return tuple(sorted(i for i in named - allowed if i is not None))
 
-    def forbid(self, logits: Logits) -> Logits:
+    def forbid(self, logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
         """Logits with the forbidden ids at minus infinity."""
         allowed = logits.clone()
         for forbidden in self.forbidden_ids:  # a few slices: an index tensor would be copied over
