@@ -40,15 +40,14 @@ class _TokenNLL(torch.autograd.Function):
         rows, mask_of_rows = _counted(mask)
         x, y = logits.detach(), labels
         if rows is not None:
-            x, y = x[rows], y[rows]
+            x, y = x.index_select(0, rows), y[rows]
         nll = torch.cat(
             [
                 -fp32(part).log_softmax(dim=1).gather(1, label[:, None]).squeeze(1)
                 for part, label in _chunks(x, y)
             ]
         )
-        ctx.save_for_backward(x, y, rows, mask_of_rows)
-        ctx.rows = len(mask)
+        ctx.save_for_backward(x, y, mask, rows, mask_of_rows)
         if rows is not None:
             return nll.new_zeros(len(mask)).index_copy_(0, rows, nll)
         return nll if mask_of_rows is None else torch.where(mask, nll, 0.0)
@@ -56,18 +55,17 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, y, rows, mask = ctx.saved_tensors
-        if rows is None:
-            result = places = torch.empty_like(x)
-        else:
-            result, places, gradient = x.new_zeros(ctx.rows, x.shape[1]), rows, gradient[rows]
-        counts = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-        for place, logits, label, g, counted in _chunks(places, x, y, gradient, counts):
+        x, y, mask, rows, mask_of_rows = ctx.saved_tensors
+        result = places = x.new_empty(len(mask), x.shape[1])
+        if rows is not None:
+            result.index_fill_(0, (~mask).nonzero().squeeze(1), 0.0)
+            places, gradient, mask = rows, gradient[rows], mask[rows]
+        for place, logits, label, g, counts in _chunks(places, x, y, gradient, mask):
             p = fp32(logits).softmax(dim=1)
             p.scatter_add_(1, label[:, None], p.new_full((len(p), 1), -1.0))
             p.mul_(g[:, None])
-            if mask is not None:  # be it NaN
-                p.masked_fill_(~counted[:, None], 0.0)
+            if mask_of_rows is not None:  # a row that does not count may be NaN
+                p.masked_fill_(~counts[:, None], 0.0)
             if rows is None:
                 place.copy_(p)
             else:
