@@ -107,7 +107,7 @@ def save(rows: Sequence[Row], notes: Sequence[str], about: dict[str, object], pa
 def plot(rows: Sequence[Row], path: Path) -> None:
     """A bar for each ratio of times or bytes, from 1 on, and a line at its target."""
     rows = [row for row in rows if row.quantity in ("time", "peak bytes")]
-    with matplotlib.rc_context({"svg.hashsalt": "bench"}):
+    with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):
         figure, axis = pyplot.subplots(
             figsize=(11, 1.2 + 0.27 * len(rows)), layout="constrained", facecolor="white"
         )
