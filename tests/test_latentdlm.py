@@ -791,6 +791,7 @@ SYNC_FREE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SYNC_FREE.values(), ids=SYNC_FREE)
 def test_a_step_waits_for_no_value(options):
     host = make_host(loss_type="cycle_vae", **options).to("meta")

@@ -85,6 +85,7 @@ def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
     assert "cycle_latent_t_max: 0.9" in report.config
 
 
+@pytest.mark.slow
 def test_t2l_alone_leaves_the_decoder_deaf():
     report = trained("t2l")
     assert supported(report) == {"base T2L", "prior"}, report

@@ -117,6 +117,7 @@ def test_a_folder_with_rows_of_an_earlier_run_is_refused(toy, tmp_path):
     data.write_toy(tmp_path, 20)  # empty
 
 
+@pytest.mark.slow
 def test_real_sentences_keep_their_split_and_their_latents(tmp_path, monkeypatch):
     def encode(sentences, *, progress=False):
         seeds = (hashlib.sha256(text.encode()).digest()[:7] for text in sentences)
