@@ -6,11 +6,13 @@ HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help demo bench test test-slow test-host lint docs mutate clean
+.PHONY: help demo bench ablation ablation-full ablation-quick evidence test test-slow test-host lint docs mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make bench  times and bytes against other code, side by side (ARGS=--quick: a minute)"
+	@echo "make ablation   what cycles gain, five seeds (2.5 h on 2 cores; -quick: 10 min; -full: all)"
+	@echo "make evidence   tables and plots of docs/evidence.md from the stored results"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
 	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
@@ -21,6 +23,21 @@ demo: .venv/demo
 
 bench: .venv/bench
 	@$(BIN)/python examples/bench/bench.py $(ARGS)
+
+ablation: .venv/demo
+	@$(BIN)/python examples/ablation/ablation.py $(ARGS)
+	@$(BIN)/python examples/ablation/report.py --results runs/ablation/results --page runs/ablation/evidence.md
+
+ablation-full: ablation
+	@$(BIN)/python examples/ablation/ablation.py --tier exploratory $(ARGS)
+	@$(BIN)/python examples/ablation/ablation.py --tier glance --corpus glosses $(ARGS)
+	@$(BIN)/python examples/ablation/report.py --results runs/ablation/results --page runs/ablation/evidence.md
+
+ablation-quick: .venv/demo
+	@$(BIN)/python examples/ablation/ablation.py --tier quick --out runs/ablation-quick $(ARGS)
+
+evidence: .venv/demo
+	@$(BIN)/python examples/ablation/report.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules

@@ -11,6 +11,7 @@ split only, and no near-duplicate of a training sentence is held out.
 import ast
 import hashlib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ INSTALL = 'run "make demo", which installs it, or: pip install -e ".[demo]"'
 SIMILAR = 0.6  # two sentences that share this part of their words (Jaccard) are near-duplicates
 LONGEST = 32  # word pieces; the few sentences beyond are identifiers, and would widen every batch
 PAD, UNK, MASK = 0, 1, 2
+Source = Callable[..., list[str]]  # of `max_words`, `limit` and `progress`, as `harvest`
 
 
 class DemoError(Exception):
@@ -175,18 +177,23 @@ def deal(clusters: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
 # --- Latents -----------------------------------------------------------------------------------
 
 
-def encode(sentences: Sequence[str], *, progress: bool = False) -> Tensor:
-    """Unit-length sentence embeddings, [n, 384], from the packaged encoder; no network, CPU."""
+@cache
+def _encoder() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: it is read once
     quiet = _require("transformers.utils.logging")
     quiet.disable_progress_bar()
     quiet.set_verbosity_error()
-    tqdm, library = _require("tqdm").tqdm, _require("sentence_transformers")
+    library = _require("sentence_transformers")
     try:
         folder = str(_require(ENCODER).get_model_path())
-        model = library.SentenceTransformer(folder, device="cpu", local_files_only=True)
+        return library.SentenceTransformer(folder, device="cpu", local_files_only=True)
     except (OSError, ValueError) as error:
         raise DemoError(f"expected the encoder of {ENCODER}, got {error}: reinstall it") from error
+
+
+def encode(sentences: Sequence[str], *, progress: bool = False) -> Tensor:
+    """Unit-length sentence embeddings, [n, 384], from the packaged encoder; no network, CPU."""
+    model, tqdm = _encoder(), _require("tqdm").tqdm
     # Neighbours in length share a batch, so little is spent on padding.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     rows = []
@@ -377,12 +384,16 @@ def load_sentences(
     max_words: int = 16,
     limit: int | None = None,
     progress: bool = True,
+    source: Source | None = None,
 ) -> Sentences:
     """Sentences, tokens and latents, split by cluster; `limit` keeps a fixed part.
 
     The first call harvests and encodes (about a minute) and fills `cache_dir`; later calls read it.
+    `source` gives sentences in place of `harvest`.
     """
-    sentences, clusters, embeddings = _cached(Path(cache_dir), max_words, limit, progress)
+    sentences, clusters, embeddings = _cached(
+        Path(cache_dir), source or harvest, max_words, limit, progress
+    )
     held_out = min(500, len(sentences) // 10)
     validation, test, train = deal(clusters, (held_out, held_out), seed)
     normaliser = LatentNormaliser.fit(embeddings[train], dim)
@@ -397,18 +408,19 @@ def load_sentences(
 
 
 def _cached(
-    folder: Path, max_words: int, limit: int | None, progress: bool
+    folder: Path, source: Source, max_words: int, limit: int | None, progress: bool
 ) -> tuple[list[str], Tensor, Tensor]:
     """(sentences, clusters, embeddings) from the cache, or built and stored there."""
     safetensors = _require("safetensors.torch")
-    # The sentences follow from the Python and from this very file, so these stand in for them in
-    # the key: hashing the sentences themselves would mean harvesting anew at each start.
+    # The sentences follow from the Python, from this very file and from that of the source, so
+    # these stand in for them in the key: hashing the sentences would mean harvesting at each start.
     encoder = _require(ENCODER).__version__
-    made_by = (Path(__file__).read_bytes(), sys.version, encoder, max_words, limit)
+    code = [Path(file).read_bytes() for file in (__file__, inspect.getfile(source))]
+    made_by = (*code, source.__name__, sys.version, encoder, max_words, limit)
     path = folder / f"sentences-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}.bin"
 
     def build() -> bytes:
-        found = harvest(max_words=max_words, limit=limit, progress=progress)
+        found = source(max_words=max_words, limit=limit, progress=progress)
         sizes = map(len, word_pieces(found))
         sentences = [s for s, size in zip(found, sizes, strict=True) if size <= LONGEST]
         text = torch.frombuffer(bytearray("\n".join(sentences).encode()), dtype=torch.uint8)

@@ -8,7 +8,19 @@ from cyclevae.denoiser import embed_tokens
 
 
 class JointTransformer(nn.Module):
-    """Tokens and one latent token attend to each other; each part knows its own time."""
+    """Tokens and one latent token attend to each other; each part knows its own time.
+
+    Args:
+        vocab_size: word pieces.
+        latent_dim: of the one latent.
+        length: of the longest text.
+        width: of all hidden states.
+        depth: blocks.
+        heads: of attention.
+        dropout: in the blocks.
+        gate: read a noised latent in proportion to `1 - latent_time`, as full noise tells nothing;
+            without it, the model must learn to look away.
+    """
 
     def __init__(
         self,
@@ -20,8 +32,10 @@ class JointTransformer(nn.Module):
         depth: int = 2,
         heads: int = 4,
         dropout: float = 0.3,
+        gate: bool = False,
     ) -> None:
         super().__init__()
+        self.gate = gate
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(length, width)
         self.text_time, self.latent_time = _time_mlp(width), _time_mlp(2 * width)
@@ -49,6 +63,8 @@ class JointTransformer(nn.Module):
         need: str = "both",
     ) -> Denoised:
         places = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.gate:
+            latents = latents * (1 - latent_time)[:, None]
         scale, shift = self.latent_time(latent_time[:, None]).chunk(2, dim=1)
         latent = self.latent_in(latents) * (1 + scale) + shift  # may learn to ignore pure noise
         text = embed_tokens(self.word.weight, tokens) * self.word.embedding_dim**0.5

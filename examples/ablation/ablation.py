@@ -1,0 +1,148 @@
+"""Run the matrix: what do cycles gain, on how many pairs, and against what control?
+
+A cell is one training run, in a process of its own; finished cells are never run again, so an
+interrupted matrix goes on where it stopped. Run it with `make ablation`.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: kind to shared cores
+
+import argparse
+import json
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "sentences"))
+
+try:
+    from cell import describe, path_of, run
+    from corpora import CORPORA
+    from data import DemoError
+    from matrix import ROWS, Cell, core, exploratory, glance, quick, search
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f'error: the ablation misses a package ({error}): run "make ablation"')
+
+HERE = Path(__file__).resolve().parent
+TIERS = {"core": core, "exploratory": exploratory, "glance": glance, "quick": quick}
+QUICK = 2000  # sentences
+TUNED = HERE / "tuned.json"
+
+
+def main() -> int:
+    options = _options()
+    try:
+        data = CORPORA[options.corpus].load(options.cache, options.limit)  # before the workers
+        describe(data, options.out / "results" / options.corpus / "corpus.json")
+        todo = list(cells(options))
+        code = run_all(todo, options)
+        if options.tier == "search" and code == 0:
+            choose(todo, options.out)
+        return code
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    cap = CORPORA[options.corpus].cap
+    if options.tier == "search":
+        return search(options.corpus, cap)
+    return TIERS[options.tier](options.corpus, tuned(), cap)
+
+
+def tuned() -> dict[str, dict[str, float]]:
+    """What the search found, from the file that is committed."""
+    return json.loads(TUNED.read_text())
+
+
+def choose(searched: Sequence[Cell], out: Path) -> None:
+    """Write the best point of each row, by its best joint score on validation pairs."""
+    scores = {cell: json.loads(path_of(cell, out).read_text())["best"] for cell in searched}
+    best = {}
+    for cell in sorted(searched, key=scores.__getitem__, reverse=True):
+        best[cell.row] = {"learning_rate": cell.learning_rate, "weight_decay": cell.weight_decay}
+    TUNED.write_text(json.dumps(best, indent=2, sort_keys=True) + "\n")
+    print(f"wrote {TUNED}")
+
+
+def run_all(todo: Sequence[Cell], options: argparse.Namespace) -> int:
+    """Run the cells that have no result yet, some at a time; 1 if any failed."""
+    waiting = [cell for cell in todo if not finished(cell, options.out)]
+    print(f"{len(todo)} cells, {len(todo) - len(waiting)} of them finished before")
+    bar = tqdm(
+        total=sum(ROWS[cell.row].cost for cell in waiting), smoothing=0, dynamic_ncols=True,
+        bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+    )  # fmt: skip
+    failed = 0
+    # Workers live on, as what they import takes as long as a tenth of a cell.
+    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+    try:
+        futures = {workers.submit(_work, cell, options): cell for cell in waiting}
+        for done, future in enumerate(as_completed(futures), start=1):
+            cell = futures[future]
+            if error := future.result():
+                failed += 1
+                bar.write(f"{cell.name} failed: {error}; see {log_of(cell, options.out)}")
+            bar.update(ROWS[cell.row].cost)
+            bar.set_postfix_str(f"{done} of {len(waiting)} cells, last {cell.name}")
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.kill()
+        bar.close()
+        print("\nstopped; finished cells are kept, and the same command goes on from here")
+        return 130
+    finally:
+        workers.shutdown(wait=False, cancel_futures=True)
+    bar.close()
+    return 1 if failed else 0
+
+
+def _work(cell: Cell, options: argparse.Namespace) -> str:
+    """Run a cell in a worker; what went wrong, if anything."""
+    log = log_of(cell, options.out)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, redirect_stderr(file):
+        try:
+            run(cell, options.out, options.cache, tuned(), options.limit)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def finished(cell: Cell, out: Path) -> bool:
+    """Whether the cell's result is there, and of this very configuration."""
+    path = path_of(cell, out)
+    if not path.exists():
+        return False
+    if json.loads(path.read_text())["key"] == cell.key:
+        return True
+    print(f"{path} is of another configuration: the cell runs again", file=sys.stderr)
+    return False
+
+
+def log_of(cell: Cell, out: Path) -> Path:
+    return out / "logs" / cell.corpus / f"{cell.name}.log"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tier", choices=("search", *TIERS), default="core")
+    parser.add_argument("--corpus", choices=CORPORA, default="docstrings")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time")
+    options = parser.parse_args()
+    options.limit = QUICK if options.tier == "quick" else None
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""One cell of the matrix, in a process of its own: train, measure, write one small JSON."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import batches, data_of
+from corpora import CORPORA
+from data import MASK, PAD, UNK, Sentences, Split, encode
+from loop import Trained, Training, fit
+from matrix import ROWS, TUNING_SEED, Cell, Tuned
+from measure import DECODED, measure
+from safetensors.torch import load_file, save_file
+from sampler import prior_samples
+from torch import nn
+
+import cyclevae as cv
+from recipes import Labels, Recipe
+
+LOOKS = 20  # at the validation pairs within the cap
+
+
+def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> None:
+    """Run a cell and write `out/results/<corpus>/<name>.json`; its weights are kept beside."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # cells run side by side, one a core
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    began = time.perf_counter()
+    data = CORPORA[cell.corpus].load(cache, limit)
+    trained, recipe = _trained(cell, data, out, tuned, device)
+    result: dict[str, Any] = {
+        "cell": asdict(cell),
+        "key": cell.key,
+        "label": ROWS[cell.row].label,
+        "objectives": [objective.to_config() for objective in recipe.objectives],
+        "machine": _machine(device),
+        "training": {
+            "best_step": trained.best_step,
+            "steps": trained.steps,
+            "stopped": trained.stopped,
+            "flops": trained.flops,
+            "passes_per_step": recipe.passes / trained.steps,
+            "seconds": round(trained.seconds, 1),
+            "saved_mib": round(trained.saved / 2**20, 1),
+        },
+        "validation": {
+            key: [round(row[key], 4) for row in trained.history]
+            for key in ("step", "flops", "l2t_ce", "t2l_mse", "both")
+        },
+    }
+    if cell.seed == TUNING_SEED:  # the search sees validation pairs only
+        result["best"] = min(result["validation"]["both"])
+    else:
+        weights = {"": trained.weights}
+        if ROWS[cell.row].ends == "stop":
+            weights["at_cap"] = trained.capped
+        for name, kept in weights.items():
+            found, each = _measured(cell, data, kept, device, cache)
+            result |= {f"{name}_measures".lstrip("_"): found, f"{name}_each".lstrip("_"): each}
+    result["training"]["seconds_with_measuring"] = round(time.perf_counter() - began, 1)
+    write(path_of(cell, out), result)
+
+
+def describe(data: Sentences, path: Path) -> None:
+    """What a report must know of a corpus: how many pairs there are, and the words of each test."""
+    write(
+        path,
+        {
+            "train": len(data.train),
+            "vocabulary": len(data.vocabulary),
+            "test_words": data.test.attention_mask.sum(dim=1).tolist(),
+        },
+    )
+
+
+def path_of(cell: Cell, out: Path) -> Path:
+    return out / "results" / cell.corpus / f"{cell.name}.json"
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(result, indent=None, separators=(",", ":")) + "\n")
+    part.replace(path)
+
+
+def _processes(data: Sentences) -> tuple[cv.TextProcess, cv.LatentProcess]:
+    dim = data.train.latents.shape[1]
+    return (
+        cv.TextProcess(
+            mask_id=MASK, vocab_size=len(data.vocabulary), pad_id=PAD, special_ids=(UNK,)
+        ),
+        cv.LatentProcess("cosine", prediction="v", shape=(dim,)),
+    )
+
+
+def _network(cell: Cell, data: Sentences, device: torch.device) -> nn.Module:
+    torch.manual_seed(cell.seed)
+    return CORPORA[cell.corpus].network(data).to(device)
+
+
+def _trained(
+    cell: Cell, data: Sentences, out: Path, tuned: Tuned, device: torch.device
+) -> tuple[Trained, Recipe]:
+    row = ROWS[cell.row]
+    processes, network = _processes(data), _network(cell, data, device)
+    train, dealt = data_of(cell, data)
+    train = _to(train, device)
+    labels = None
+    if (teacher := cell.of_teacher(tuned)) is not None:
+        kept = _weights(teacher, out)
+        if not kept.exists():
+            _trained(teacher, data, out, tuned, device)
+        labelling = _network(teacher, data, device)
+        labelling.load_state_dict(load_file(kept, device=str(device)))
+        labels = Labels(labelling, train, dealt, processes, cell.seed)
+    recipe = Recipe(row, processes, network, train, cell.seed, labels)
+    training = Training(
+        cell.learning_rate, cell.weight_decay, cell.cap, LOOKS, ends=row.ends, select=row.select
+    )
+    trained = fit(
+        network, recipe.loss, batches(train, dealt, cell.seed), _to(data.validation, device),
+        processes, training, seed=cell.seed, after_step=recipe.after_step,
+    )  # fmt: skip
+    _weights(cell, out).parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().clone() for k, v in trained.weights.items()}, _weights(cell, out))
+    return trained, recipe
+
+
+def _measured(
+    cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device, cache: Path
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    network = _network(cell, data, device)
+    network.load_state_dict(weights)
+    processes = _processes(data)
+    sampled = prior_samples(cache, data.train.latents, DECODED, processes[1]).to(device)
+    held_out = _to(data.test, device)
+    return measure(cv.as_denoiser(network.eval()), data, held_out, processes, sampled, encode)
+
+
+def _to(split: Split, device: torch.device) -> Split:
+    moved = (split.tokens, split.attention_mask, split.latents)
+    tokens, mask, latents = (part.to(device) for part in moved)
+    return replace(split, tokens=tokens, attention_mask=mask, latents=latents)
+
+
+def _weights(cell: Cell, out: Path) -> Path:
+    return out / "weights" / cell.corpus / f"{cell.name}.safetensors"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cyclevae": cv.__version__,
+    }

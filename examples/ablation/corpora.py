@@ -1,0 +1,96 @@
+"""The two corpora: docstrings, on which everything is tuned, and glosses, which see it once."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from data import DemoError, Sentences, fold, load_sentences
+from model import JointTransformer
+from torch import nn
+
+GLOSSES = 12_000
+WORDNET = (Path("/usr/share/wordnet"), Path("/usr/local/share/wordnet"))
+_GLOSS = re.compile(r"[a-z][a-z0-9 ,'-]*[a-z]")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sentences with their latents, the network for them, and what a cell may spend on them.
+
+    Attributes:
+        load: the sentences, from a cache folder and, for a quick run, a limit.
+        network: a new one, with weights from torch's random state.
+        cap: FLOPs, the same for every row of the matrix.
+    """
+
+    load: Callable[[Path, int | None], Sentences]
+    network: Callable[[Sentences], nn.Module]
+    cap: float
+
+
+def _docstrings(cache: Path, limit: int | None) -> Sentences:
+    return load_sentences(cache, dim=64, min_count=3, limit=limit)
+
+
+def _glosses(cache: Path, limit: int | None) -> Sentences:
+    return load_sentences(cache, dim=32, min_count=3, limit=limit or GLOSSES, source=glosses)
+
+
+def glosses(*, max_words: int = 16, limit: int | None = None, progress: bool = False) -> list[str]:
+    """Distinct glosses of WordNet 3.0, in a fixed random order, 5 to `max_words` words long."""
+    found: dict[str, str] = {}
+    for folder in WORDNET:
+        for kind in ("noun", "verb", "adj", "adv"):
+            if (file := folder / f"data.{kind}").exists():
+                for gloss in _definitions(file.read_text(encoding="utf-8")):
+                    if 5 <= len(gloss.split()) <= max_words and _GLOSS.fullmatch(gloss):
+                        found.setdefault(fold(gloss), gloss)
+    if not found:
+        raise DemoError(
+            f"expected WordNet's data.noun under {' or '.join(map(str, WORDNET))}, got none: "
+            "apt-get install wordnet-base"
+        )
+    kept = sorted(found.values())
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+    return [kept[i] for i in order[:limit]]
+
+
+def _definitions(data: str) -> Iterator[str]:
+    """What stands behind the bar of each line, up to its first semicolon."""
+    for line in data.splitlines():
+        _, bar, gloss = line.partition(" | ")
+        if bar:
+            yield gloss.partition(";")[0].strip()
+
+
+def _joint(data: Sentences) -> nn.Module:
+    length, dim = data.train.tokens.shape[1], data.train.latents.shape[1]
+    network = JointTransformer(
+        len(data.vocabulary), dim, length=length, depth=1, dropout=0.2, gate=True
+    )
+    return _with_word_frequencies(network, data)
+
+
+def _mmdit(data: Sentences) -> nn.Module:
+    from mmdit_model import MMDiTDenoiser
+
+    length, dim = data.train.tokens.shape[1], data.train.latents.shape[1]
+    return _with_word_frequencies(MMDiTDenoiser(len(data.vocabulary), dim, length=length), data)
+
+
+def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
+    """Start at the frequencies of words, which every run would spend its first steps on."""
+    counts = torch.bincount(
+        data.train.tokens[data.train.attention_mask], minlength=len(data.vocabulary)
+    )
+    with torch.no_grad():
+        network.text_head.bias.copy_(((counts + 0.5) / (counts + 0.5).sum()).log())
+    return network
+
+
+CORPORA = {
+    "docstrings": Corpus(_docstrings, _joint, cap=2e12),
+    "glosses": Corpus(_glosses, _mmdit, cap=2e12),
+}

@@ -1,0 +1,236 @@
+"""The matrix: which rows are compared, on how much data, and which cells a tier consists of."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the oracle's kind
+SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 15), 100
+WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
+
+NO_CYCLES = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}
+HALF = {
+    "cycle_text_weight": {"weight": 2.0, **WAIT},
+    "cycle_latent_weight": {"weight": 10.0, **WAIT},
+}
+FULL = {"bridge": "full"}
+ST = {
+    **HALF,
+    "text_bridge": "straight_through",
+    "text_policy": FULL,
+    "latent_policy": FULL,
+}
+
+Unpaired = Literal["none", "real", "corrupted", "encoded"]
+Extra = Literal["pseudo_pairs", "noised_latents"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one line of the matrix trains on, and with which terms.
+
+    Attributes:
+        label: as tables and plots name it.
+        options: of the `CycleObjective`, in the form of its `from_config`.
+        unpaired: which unpaired data there is: none, the real one, one whose words are shuffled and
+            whose latents are rotated, or one whose texts an encoder at hand has made pairs.
+        extra: a loss beside the objective: see `recipes`.
+        teacher: the row whose best weights label the unpaired data, once.
+        modes: objectives that take turns, as options; drawn at random with `shuffled`.
+        select: the part of the joint score that chooses the checkpoint.
+        ends: what ends it: the cap or early stopping, whichever comes first, or one of them alone.
+        cost: expected time beside that of `paired`, for the progress bar alone.
+    """
+
+    label: str
+    options: Mapping[str, Any] = field(default_factory=lambda: NO_CYCLES)
+    unpaired: Unpaired = "real"
+    extra: Extra | None = None
+    teacher: str | None = None
+    modes: tuple[Mapping[str, Any], ...] = ()
+    shuffled: bool = False
+    select: Literal["both", "text", "latent"] = "both"
+    ends: Literal["both", "cap", "stop"] = "both"
+    cost: float = 2.0
+
+
+def _alone(term: str) -> dict[str, Any]:
+    """The options under which one base term trains alone."""
+    base = {"text_weight": 1.0, "latent_weight": 5.0, "unconditional_weight": 1.0}
+    return {**NO_CYCLES, **{key: base[key] if key == f"{term}_weight" else 0.0 for key in base}}
+
+
+_MODES = tuple(_alone(term) for term in ("text", "latent", "unconditional"))
+_PRIOR = {**HALF, "prior_weight": 0.1}
+
+ROWS: dict[str, Row] = {
+    # the core
+    "paired": Row("pairs only", unpaired="none", cost=1.0),
+    "unimodal": Row("+ unimodal denoising"),
+    "pseudo": Row("+ offline pseudo-pairs", extra="pseudo_pairs", teacher="unimodal"),
+    "half": Row("+ half cycles", HALF),
+    "straight_through": Row("+ straight-through cycles", ST),
+    "oracle": Row("all pairs, until it stops", unpaired="none", ends="stop", cost=4.0),
+    # exploratory: controls
+    "paired_to_cap": Row("pairs only, trained to the cap", unpaired="none", ends="cap"),
+    "paired_plain": Row(
+        "pairs only, no joint mode", {**NO_CYCLES, "unconditional_weight": 0.0}, unpaired="none"
+    ),
+    "half_on_pairs": Row("half cycles on the pairs", HALF, unpaired="none"),
+    "half_corrupted": Row("half cycles on corrupted data", HALF, unpaired="corrupted"),
+    "noised": Row("L2T on noised latents", extra="noised_latents"),
+    "contrastive": Row("InfoNCE, no cycles", {**NO_CYCLES, "contrastive_weight": 0.1}),
+    "encoded": Row("every text encoded", unpaired="encoded"),
+    "encoded_half": Row("every text encoded, + half cycles", HALF, unpaired="encoded"),
+    # exploratory: priors on top of half cycles
+    "moment": Row("half cycles + moment prior", {**_PRIOR, "prior": "moment"}),
+    "mmd": Row(
+        "half cycles + MMD prior",
+        {**_PRIOR, "prior": "mmd", "prior_options": {"standardize": True}},
+    ),
+    "learned": Row(
+        "half cycles + learned prior",
+        {**_PRIOR, "prior": "learned", "prior_weight": 0.01, "prior_options": {"weighting": "vdm"}},
+    ),
+    "ddvi": Row("half cycles + DDVI", {**_PRIOR, "prior": "ddvi", "prior_weight": 0.01}),
+    # exploratory: fewer cycles
+    "half_every_2": Row("half cycles on every 2nd step", {**HALF, "cycle_every": 2}),
+    "half_every_4": Row("half cycles on every 4th step", {**HALF, "cycle_every": 4}),
+    "half_fraction": Row("half cycles on half the rows", {**HALF, "cycle_fraction": 0.5}),
+    # the seed's matrix, on pairs
+    "l2t_only": Row("L2T only", _MODES[0], unpaired="none", select="text", cost=1.0),
+    "t2l_only": Row("T2L only", _MODES[1], unpaired="none", select="latent", cost=1.0),
+    "unconditional": Row("unconditional", _MODES[2], unpaired="none", cost=1.0),
+    "random": Row("random", modes=_MODES, shuffled=True, unpaired="none", cost=1.0),
+    "sequential": Row("sequential", modes=_MODES, unpaired="none", cost=1.0),
+    "text_cycle": Row(
+        "+ text cycle", {**NO_CYCLES, "cycle_text_weight": HALF["cycle_text_weight"]}, "none"
+    ),
+    "latent_cycle": Row(
+        "+ latent cycle", {**NO_CYCLES, "cycle_latent_weight": HALF["cycle_latent_weight"]}, "none"
+    ),
+    "both_cycles": Row("+ both cycles", HALF, "none"),
+}
+
+CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
+EXPLORATORY = tuple(ROWS)[6:21]
+SEED_MATRIX = tuple(ROWS)[21:]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: a row, on so much data, with one seed.
+
+    Attributes:
+        corpus: whose sentences: see `corpora`.
+        row: a key of `ROWS`.
+        pairs: how many, `ALL` for every training sentence.
+        share: of the unpaired halves, in percent.
+        seed: of the deal of pairs and halves, the weights, the batches and the noise.
+        learning_rate: after its warm-up, constant.
+        weight_decay: of AdamW.
+        cap: FLOPs, forward and backward, after which training ends.
+    """
+
+    corpus: str
+    row: str
+    pairs: int
+    share: int
+    seed: int
+    learning_rate: float
+    weight_decay: float
+    cap: float
+
+    @property
+    def name(self) -> str:
+        """Its file, among those of its corpus."""
+        pairs = self.pairs or "all"
+        tuned = f"-lr{self.learning_rate:g}-wd{self.weight_decay:g}"
+        search = tuned if self.seed == TUNING_SEED else ""
+        return f"{self.row}-{pairs}-{self.share}-{self.seed}{search}"
+
+    @property
+    def key(self) -> str:
+        """Changes with anything that the cell is told, so that no stale result is taken for it."""
+        told = {**asdict(self), "row": asdict(ROWS[self.row])}
+        del told["row"]["label"], told["row"]["cost"]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def of_teacher(self, tuned: Mapping[str, Mapping[str, float]]) -> "Cell | None":
+        """The cell whose weights label this one's unpaired data."""
+        teacher = ROWS[self.row].teacher
+        return None if teacher is None else replace(self, row=teacher, **tuned[teacher])
+
+
+# --- Tiers --------------------------------------------------------------------------------------
+
+Tuned = Mapping[str, Mapping[str, float]]  # by row: the learning rate and weight decay it trains at
+GRID = [
+    {"learning_rate": rate, "weight_decay": decay} for rate in (3e-3, 6e-3) for decay in (0.1, 0.5)
+]
+BUDGETS = (300, 1000, 3000)
+PRIMARY = 1000  # pairs of the primary test, the search and the exploratory rows
+
+
+def tuned_as(row: str) -> str:
+    """The row whose search an exploratory row borrows: the nearest one of the core."""
+    if row in CORE or row == "paired":
+        return row
+    if ROWS[row].options.get("cycle_text_weight") or ROWS[row].options.get("cycle_latent_weight"):
+        return "half"
+    return "paired" if ROWS[row].unpaired == "none" else "unimodal"
+
+
+def search(corpus: str, cap: float) -> Iterator[Cell]:
+    """Every row of the core at every point of the same grid, with a seed that is not reported."""
+    for row in ("paired", *CORE):
+        for point in GRID:
+            yield Cell(corpus, row, PRIMARY, 100 * (row != "paired"), TUNING_SEED, **point, cap=cap)
+
+
+def core(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """The preregistered comparison; a seed is complete before the next begins."""
+
+    def cell(seed: int, row: str, pairs: int, share: int) -> Cell:
+        return Cell(corpus, row, pairs, share, seed, **tuned[tuned_as(row)], cap=cap)
+
+    for seed in SEEDS:
+        for row in CORE:
+            yield cell(seed, row, PRIMARY, 100)
+        for pairs in (PRIMARY, 300, 3000, 6000):
+            yield cell(seed, "paired", pairs, 0)
+        yield cell(seed, "oracle", ALL, 0)
+        for pairs, share in ((PRIMARY, 25), (300, 100), (3000, 100)):
+            for row in CORE:
+                yield cell(seed, row, pairs, share)
+
+
+def exploratory(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """Two seeds of everything else; called exploratory wherever it is shown."""
+    for seed in FEW_SEEDS:
+        for row in EXPLORATORY:
+            share = 100 * (ROWS[row].unpaired != "none")
+            yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=cap)
+        for row in SEED_MATRIX:
+            for pairs in (PRIMARY, ALL):
+                yield Cell(corpus, row, pairs, 0, seed, **tuned[tuned_as(row)], cap=cap)
+
+
+def quick(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """The core in small, to see that it runs: its figures mean nothing."""
+    for seed in FEW_SEEDS:
+        for row in ("paired", *CORE, "oracle"):
+            pairs, share = (ALL if row == "oracle" else 300), 100 * (row in CORE)
+            yield Cell(corpus, row, pairs, share, seed, **tuned[tuned_as(row)], cap=cap / 20)
+
+
+def glance(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """The second corpus, once, with seeds that nothing was tuned on."""
+    for seed in FRESH_SEEDS:
+        for row in ("unimodal", "half"):
+            yield Cell(corpus, row, PRIMARY, 100, seed, **tuned[tuned_as(row)], cap=cap)
+        for pairs in (PRIMARY, 300, 3000, 6000):
+            yield Cell(corpus, "paired", pairs, 0, seed, **tuned["paired"], cap=cap)
+        yield Cell(corpus, "oracle", ALL, 0, seed, **tuned["paired"], cap=cap)

@@ -1,0 +1,111 @@
+"""What a checkpoint is worth on held-out pairs; never a cycle's own loss."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from data import Sentences, Split
+from torch import Tensor
+
+import cyclevae as cv
+from cyclevae.diagnostics import latent_health, retrieval, text_probe
+
+DECODED = 128  # test sentences that are decoded in full and encoded again
+STEPS = 8  # passes of a decoding
+Encoder = Callable[[list[str]], Tensor]  # sentences to embeddings
+
+
+@torch.no_grad()
+def measure(
+    denoiser: cv.Denoiser,
+    data: Sentences,
+    held_out: Split,
+    processes: tuple[cv.TextProcess, cv.LatentProcess],
+    sampled: Tensor,
+    encode: Encoder,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The measures of a checkpoint, and those of each test sentence that the bootstrap draws.
+
+    Args:
+        denoiser: the model, in evaluation mode.
+        data: whose vocabulary and normaliser lead from ids back to latents.
+        held_out: the test pairs; all of them are the pool of the retrieval.
+        processes: of text and latent.
+        sampled: latents from the prior, `[DECODED, d]`, the same for every cell.
+        encode: the frozen sentence encoder.
+    """
+    text_process, latent_process = processes
+    tokens, mask, z = held_out.tokens, held_out.attention_mask, held_out.latents
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    z_hat = cv.encode_text(denoiser, tokens, mask, noise=noise, text_process=text_process,
+                           latent_process=latent_process)  # fmt: skip
+    similarity = F.normalize(z_hat, dim=1) @ F.normalize(z, dim=1).T
+    rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    error = (z_hat - z).square().mean(dim=1)
+    each = {"rank": rank.float(), "t2l_mse": error}
+    metrics = {
+        "t2l_mse": error.mean(),
+        "t2l_cosine": similarity.diagonal().mean(),
+        "t2l_r1": (rank < 1).float().mean(),
+        "t2l_r10": (rank < 10).float().mean(),
+    }
+    for name, latents in (("true", z), ("predicted", z_hat)):
+        logits = cv.l2t(denoiser, latents, mask, text_process=text_process)
+        each[f"ce_{name}"] = cv.text_loss(logits, tokens, mask, reduction="none").sum(dim=1)
+        metrics[f"l2t_ce_{name}"] = each[f"ce_{name}"].sum() / mask.sum()
+        metrics[f"l2t_accuracy_{name}"] = (logits.argmax(dim=-1) == tokens)[mask].float().mean()
+    few = slice(DECODED)
+    lengths = mask[torch.arange(DECODED) % len(mask)]  # of the prior's samples
+    for name, latents, kept in (
+        ("true", z[few], mask[few]),
+        ("predicted", z_hat[few], mask[few]),
+        ("sampled", sampled, lengths),
+    ):
+        texts = decoded(denoiser, latents, kept, data, text_process)
+        again = data.normaliser.normalise(encode(texts))
+        metrics[f"reencoded_{name}"] = F.cosine_similarity(again.to(latents), latents).mean()
+    health = latent_health(z_hat, mean=z.mean(dim=0), variance=z.var(dim=0))
+    probe = text_probe(denoiser, tokens, z, mask, text_process=text_process,
+                       latent_process=latent_process)  # fmt: skip
+    wrong = latent_error_of_another_text(denoiser, held_out, noise, processes)
+    metrics |= {
+        "hubness": retrieval(z_hat, z, k=10).hubness,
+        "never": retrieval(z_hat, z, k=10).never,
+        "scale": health.scale,
+        "drift": health.drift,
+        "effective_rank": health.effective_rank,
+        "text_probe_gap": probe.gap,
+        "text_probe_information": probe.information,
+        "latent_probe_gap": wrong - error.mean(),
+    }
+    digits = {"rank": 0, "t2l_mse": 3, "ce_true": 2, "ce_predicted": 2}
+    return (
+        {name: round(float(value), 5) for name, value in metrics.items()},
+        {name: [round(v, digits[name]) for v in values.tolist()] for name, values in each.items()},
+    )
+
+
+def decoded(
+    denoiser: cv.Denoiser,
+    latents: Tensor,
+    mask: Tensor,
+    data: Sentences,
+    text_process: cv.TextProcess,
+) -> list[str]:
+    """Sentences of some latents, in `STEPS` passes, the surest words first."""
+    ids = cv.unmask_text(denoiser, latents, mask, text_process=text_process, steps=STEPS)
+    return [data.vocabulary.decode(row[kept]) for row, kept in zip(ids, mask, strict=True)]
+
+
+def latent_error_of_another_text(
+    denoiser: cv.Denoiser,
+    held_out: Split,
+    noise: Tensor,
+    processes: tuple[cv.TextProcess, cv.LatentProcess],
+) -> Tensor:
+    """The encoder's squared error when it reads another row's text: what listening is worth."""
+    z_hat = cv.encode_text(
+        denoiser, held_out.tokens.roll(1, 0), held_out.attention_mask.roll(1, 0), noise=noise,
+        text_process=processes[0], latent_process=processes[1],
+    )  # fmt: skip
+    return (z_hat - held_out.latents).square().mean()
