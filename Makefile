@@ -26,18 +26,18 @@ bench: .venv/bench
 
 ablation: .venv/demo
 	@$(BIN)/python examples/ablation/ablation.py $(ARGS)
-	@$(BIN)/python examples/ablation/report.py --results runs/ablation/results --page runs/ablation/evidence.md
+	@$(BIN)/python examples/ablation/evidence.py --results runs/ablation/results --page runs/ablation/evidence.md
 
 ablation-full: ablation
 	@$(BIN)/python examples/ablation/ablation.py --tier exploratory $(ARGS)
 	@$(BIN)/python examples/ablation/ablation.py --tier glance --corpus glosses $(ARGS)
-	@$(BIN)/python examples/ablation/report.py --results runs/ablation/results --page runs/ablation/evidence.md
+	@$(BIN)/python examples/ablation/evidence.py --results runs/ablation/results --page runs/ablation/evidence.md
 
 ablation-quick: .venv/demo
 	@$(BIN)/python examples/ablation/ablation.py --tier quick --out runs/ablation-quick $(ARGS)
 
 evidence: .venv/demo
-	@$(BIN)/python examples/ablation/report.py
+	@$(BIN)/python examples/ablation/evidence.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules

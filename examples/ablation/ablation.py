@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -85,13 +85,15 @@ def run_all(todo: Sequence[Cell], options: argparse.Namespace) -> int:
     workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
     try:
         futures = {workers.submit(_work, cell, options): cell for cell in waiting}
-        for done, future in enumerate(as_completed(futures), start=1):
-            cell = futures[future]
-            if error := future.result():
-                failed += 1
-                bar.write(f"{cell.name} failed: {error}; see {log_of(cell, options.out)}")
-            bar.update(ROWS[cell.row].cost)
-            bar.set_postfix_str(f"{done} of {len(waiting)} cells, last {cell.name}")
+        while len(futures) > 0:
+            for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+                cell = futures.pop(future)
+                if error := future.result():
+                    failed += 1
+                    bar.write(f"{cell.name} failed: {error}; see {log_of(cell, options.out)}")
+                bar.update(ROWS[cell.row].cost)
+                bar.set_postfix_str(f"{len(futures)} cells left, last {cell.name}", refresh=False)
+            bar.refresh()
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():
             process.kill()

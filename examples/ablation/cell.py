@@ -20,7 +20,7 @@ from sampler import prior_samples
 from torch import nn
 
 import cyclevae as cv
-from recipes import Labels, Recipe
+from row_loss import Labels, RowLoss
 
 LOOKS = 20  # at the validation pairs within the cap
 
@@ -32,19 +32,19 @@ def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> 
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     began = time.perf_counter()
     data = CORPORA[cell.corpus].load(cache, limit)
-    trained, recipe = _trained(cell, data, out, tuned, device)
+    trained, row_loss = _trained(cell, data, out, tuned, device)
     result: dict[str, Any] = {
         "cell": asdict(cell),
         "key": cell.key,
         "label": ROWS[cell.row].label,
-        "objectives": [objective.to_config() for objective in recipe.objectives],
+        "objectives": [objective.to_config() for objective in row_loss.objectives],
         "machine": _machine(device),
         "training": {
             "best_step": trained.best_step,
             "steps": trained.steps,
             "stopped": trained.stopped,
             "flops": trained.flops,
-            "passes_per_step": recipe.passes / trained.steps,
+            "passes_per_step": row_loss.passes / trained.steps,
             "seconds": round(trained.seconds, 1),
             "saved_mib": round(trained.saved / 2**20, 1),
         },
@@ -107,7 +107,7 @@ def _network(cell: Cell, data: Sentences, device: torch.device) -> nn.Module:
 
 def _trained(
     cell: Cell, data: Sentences, out: Path, tuned: Tuned, device: torch.device
-) -> tuple[Trained, Recipe]:
+) -> tuple[Trained, RowLoss]:
     row = ROWS[cell.row]
     processes, network = _processes(data), _network(cell, data, device)
     train, dealt = data_of(cell, data)
@@ -120,17 +120,17 @@ def _trained(
         labelling = _network(teacher, data, device)
         labelling.load_state_dict(load_file(kept, device=str(device)))
         labels = Labels(labelling, train, dealt, processes, cell.seed)
-    recipe = Recipe(row, processes, network, train, cell.seed, labels)
+    row_loss = RowLoss(row, processes, network, train, cell.seed, labels)
     training = Training(
         cell.learning_rate, cell.weight_decay, cell.cap, LOOKS, ends=row.ends, select=row.select
     )
     trained = fit(
-        network, recipe.loss, batches(train, dealt, cell.seed), _to(data.validation, device),
-        processes, training, seed=cell.seed, after_step=recipe.after_step,
+        network, row_loss.loss, batches(train, dealt, cell.seed), _to(data.validation, device),
+        processes, training, seed=cell.seed, after_step=row_loss.after_step,
     )  # fmt: skip
     _weights(cell, out).parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().clone() for k, v in trained.weights.items()}, _weights(cell, out))
-    return trained, recipe
+    return trained, row_loss
 
 
 def _measured(

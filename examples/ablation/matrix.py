@@ -36,7 +36,7 @@ class Row:
         options: of the `CycleObjective`, in the form of its `from_config`.
         unpaired: which unpaired data there is: none, the real one, one whose words are shuffled and
             whose latents are rotated, or one whose texts an encoder at hand has made pairs.
-        extra: a loss beside the objective: see `recipes`.
+        extra: a loss beside the objective: see `row_loss`.
         teacher: the row whose best weights label the unpaired data, once.
         modes: objectives that take turns, as options; drawn at random with `shuffled`.
         select: the part of the joint score that chooses the checkpoint.

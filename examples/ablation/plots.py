@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matrix import ALL, PRIMARY, ROWS
-from report import CORE_ORDER, MEASURES, Compared, Key, Results, row_key
+from evidence import CORE_ORDER, MEASURES, Compared, Key, Results, row_key
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

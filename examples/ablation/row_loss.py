@@ -21,7 +21,7 @@ def objectives(row: Row, processes: Processes) -> list[cv.CycleObjective]:
     return [cv.CycleObjective.from_config({**plain, **options}) for options in told]
 
 
-class Recipe:
+class RowLoss:
     """The loss of a step, with what it needs beside the network."""
 
     def __init__(
