@@ -11,12 +11,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: ki
 import argparse
 import json
 import multiprocessing
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from pathlib import Path
+from signal import SIG_IGN, SIGINT
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sentences"))
 
@@ -24,6 +27,7 @@ try:
     from cell import describe, path_of, run
     from corpora import CORPORA
     from data import DemoError
+    from evidence import Results, summary
     from matrix import ROWS, Cell, core, exploratory, glance, quick, search
     from tqdm import tqdm
 except ImportError as error:
@@ -82,10 +86,12 @@ def run_all(todo: Sequence[Cell], options: argparse.Namespace) -> int:
     )  # fmt: skip
     failed = 0
     # Workers live on, as what they import takes as long as a tenth of a cell.
-    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+    workers = ProcessPoolExecutor(
+        options.jobs, multiprocessing.get_context("spawn"), signal.signal, (SIGINT, SIG_IGN)
+    )
     try:
         futures = {workers.submit(_work, cell, options): cell for cell in waiting}
-        while len(futures) > 0:
+        while futures:
             for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
                 cell = futures.pop(future)
                 if error := future.result():
@@ -100,9 +106,15 @@ def run_all(todo: Sequence[Cell], options: argparse.Namespace) -> int:
         bar.close()
         print("\nstopped; finished cells are kept, and the same command goes on from here")
         return 130
+    except BrokenProcessPool:
+        bar.close()
+        print("error: a worker was killed (out of memory? try --jobs 1); the same command goes on",
+              file=sys.stderr)  # fmt: skip
+        return 1
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
     bar.close()
+    print(summary(Results(options.out / "results" / options.corpus)))
     return 1 if failed else 0
 
 

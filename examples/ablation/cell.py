@@ -15,12 +15,12 @@ from data import MASK, PAD, UNK, Sentences, Split, encode
 from loop import Trained, Training, fit
 from matrix import ROWS, TUNING_SEED, Cell, Tuned
 from measure import DECODED, measure
+from row_loss import Labels, RowLoss
 from safetensors.torch import load_file, save_file
 from sampler import prior_samples
 from torch import nn
 
 import cyclevae as cv
-from row_loss import Labels, RowLoss
 
 LOOKS = 20  # at the validation pairs within the cap
 

@@ -172,6 +172,18 @@ def measured(results: Results, keys: Sequence[Key], measures: Mapping[str, Measu
     return table(head, rows)
 
 
+def summary(results: Results) -> str:
+    """Everything that has run, for the screen."""
+    keys = sorted(results.cells, key=lambda key: (key[1] or results.train, key[2], key[0]))
+    names = ("l2t_ce_true", "l2t_ce_predicted", "t2l_mse", "t2l_r1", "t2l_r10")
+    lines = [f"{'row':<36}{'pairs':>7}" + "".join(f"{MEASURES[n].label:>17}" for n in names)]
+    for key in keys:
+        values = "".join(f"{results.mean(key, n):>17{MEASURES[n].form}}" for n in names)
+        seeds = len(results.of(key))
+        lines.append(f"{_label(key):<36}{key[1] or results.train:>7}{values}  {seeds} seeds")
+    return "\n".join(lines)
+
+
 def primary(results: Results) -> str:
     """The preregistered test."""
     compared, half, control = Compared(results), *_keys(PRIMARY, "half", CONTROL)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matrix import ALL, PRIMARY, ROWS
 from evidence import CORE_ORDER, MEASURES, Compared, Key, Results, row_key
+from matrix import ALL, PRIMARY, ROWS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
