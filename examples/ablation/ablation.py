@@ -24,9 +24,10 @@ from signal import SIG_IGN, SIGINT
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sentences"))
 
 try:
-    from cell import describe, path_of, run
+    from baselines import baselines
+    from cell import describe, path_of, run, write
     from corpora import CORPORA
-    from data import DemoError
+    from data import DemoError, encode
     from evidence import Results, summary
     from matrix import ROWS, Cell, core, exploratory, glance, quick, search
     from tqdm import tqdm
@@ -43,7 +44,10 @@ def main() -> int:
     options = _options()
     try:
         data = CORPORA[options.corpus].load(options.cache, options.limit)  # before the workers
-        describe(data, options.out / "results" / options.corpus / "corpus.json")
+        results = options.out / "results" / options.corpus
+        describe(data, results / "corpus.json")
+        if options.tier in ("exploratory", "quick"):
+            write(results / "baselines.json", {"each": baselines(options.corpus, data, encode)})
         todo = list(cells(options))
         code = run_all(todo, options)
         if options.tier == "search" and code == 0:

@@ -67,9 +67,7 @@ def _definitions(data: str) -> Iterator[str]:
 
 def _joint(data: Sentences) -> nn.Module:
     length, dim = data.train.tokens.shape[1], data.train.latents.shape[1]
-    network = JointTransformer(
-        len(data.vocabulary), dim, length=length, depth=1, dropout=0.2, gate=True
-    )
+    network = JointTransformer(len(data.vocabulary), dim, length=length, depth=1, dropout=0.2)
     return _with_word_frequencies(network, data)
 
 

@@ -60,6 +60,8 @@ class Results:
         self.search: list[dict[str, Any]] = []
         about = json.loads((folder / "corpus.json").read_text())
         self.train, self.words = about["train"], np.array(about["test_words"], dtype=float)
+        told = folder / "baselines.json"
+        self.baselines = json.loads(told.read_text())["each"] if told.exists() else []
         for path in sorted(folder.glob("*-*.json")):
             result = json.loads(path.read_text())
             cell = result["cell"]
@@ -309,6 +311,21 @@ def gap_closed(results: Results) -> str:
     return table(["gap closed at 1,000 pairs", "L2T CE", "R@10"], rows)
 
 
+def baselines_table(results: Results) -> str:
+    """Ridge and nearest text at each number of pairs."""
+    names = ("t2l_mse", "t2l_cosine", "t2l_r1", "t2l_r10", "l2t_accuracy_true", "reencoded_true")
+    rows = []
+    for pairs in dict.fromkeys(told["pairs"] for told in results.baselines):
+        found = [told for told in results.baselines if told["pairs"] == pairs]
+        means = [np.mean([told[name] for told in found]) for name in names]
+        rows.append([f"{pairs or results.train:,}", *(f"{mean:.3f}" for mean in means)])
+    head = [
+        ("ridge: " if n.startswith("t2l") else "nearest text: ") + _title(MEASURES[n])
+        for n in names
+    ]
+    return table(["pairs", *head], rows)
+
+
 def search_table(results: Results) -> str:
     """The best joint validation score at each point of the search."""
     names = ("row", "learning_rate", "weight_decay")
@@ -368,6 +385,7 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "costs": costs(docstrings, core),
         "search": search_table(docstrings),
         "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
+        "baselines": baselines_table(docstrings),
         "seed-matrix": measured(docstrings, seeds, MEASURES),
     }
     if glosses is not None:

@@ -10,16 +10,8 @@ from cyclevae.denoiser import embed_tokens
 class JointTransformer(nn.Module):
     """Tokens and one latent token attend to each other; each part knows its own time.
 
-    Args:
-        vocab_size: word pieces.
-        latent_dim: of the one latent.
-        length: of the longest text.
-        width: of all hidden states.
-        depth: blocks.
-        heads: of attention.
-        dropout: in the blocks.
-        gate: read a noised latent in proportion to `1 - latent_time`, as full noise tells nothing;
-            without it, the model must learn to look away.
+    A sentence embedding is close to linear in the bag of its words, so the latent is read from that
+    too, through word embeddings of its own: few pairs teach a sum sooner than attention.
     """
 
     def __init__(
@@ -32,10 +24,8 @@ class JointTransformer(nn.Module):
         depth: int = 2,
         heads: int = 4,
         dropout: float = 0.3,
-        gate: bool = False,
     ) -> None:
         super().__init__()
-        self.gate = gate
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(length, width)
         self.text_time, self.latent_time = _time_mlp(width), _time_mlp(2 * width)
@@ -48,6 +38,9 @@ class JointTransformer(nn.Module):
         )
         self.text_head = nn.Linear(width, vocab_size)
         self.latent_head = nn.Linear(width, latent_dim)
+        self.bag = nn.Embedding(vocab_size, width)
+        self.bag_head = nn.Linear(width, latent_dim)
+        nn.init.normal_(self.bag.weight, std=0.02)
         nn.init.normal_(self.word.weight, std=width**-0.5)
         nn.init.normal_(self.position.weight, std=0.1)
         self.text_head.weight = self.word.weight  # tied
@@ -63,10 +56,9 @@ class JointTransformer(nn.Module):
         need: str = "both",
     ) -> Denoised:
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        if self.gate:
-            latents = latents * (1 - latent_time)[:, None]
+        latents = latents * (1 - latent_time)[:, None]  # full noise tells nothing
         scale, shift = self.latent_time(latent_time[:, None]).chunk(2, dim=1)
-        latent = self.latent_in(latents) * (1 + scale) + shift  # may learn to ignore pure noise
+        latent = self.latent_in(latents) * (1 + scale) + shift
         text = embed_tokens(self.word.weight, tokens) * self.word.embedding_dim**0.5
         text = text + self.position(places)
         text = text + self.text_time(text_time[:, None])[:, None]
@@ -74,12 +66,14 @@ class JointTransformer(nn.Module):
             torch.cat([latent[:, None], text + latent[:, None]], dim=1),
             src_key_padding_mask=nn.functional.pad(~attention_mask, (1, 0)),
         )
+        logits = None if need == "latents" else self.text_head(hidden[:, 1:])
+        if need == "logits":
+            return Denoised(logits, None)
         keep = attention_mask[..., None]
-        mean = (hidden[:, 1:] * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
-        return Denoised(
-            logits=None if need == "latents" else self.text_head(hidden[:, 1:]),
-            latent_prediction=None if need == "logits" else self.latent_head(hidden[:, 0] + mean),
-        )
+        words = keep.sum(dim=1).clamp(min=1)
+        mean = (hidden[:, 1:] * keep).sum(dim=1) / words
+        bag = (embed_tokens(self.bag.weight, tokens) * keep).sum(dim=1) / words.sqrt()
+        return Denoised(logits, self.latent_head(hidden[:, 0] + mean) + self.bag_head(bag))
 
 
 def _time_mlp(width: int) -> nn.Module:
