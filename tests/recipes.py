@@ -68,6 +68,7 @@ RECIPES = {
     | {"text_bridge": "gumbel", "latent_policy": FROZEN},
     "base losses": only("text", "latent") | {"latent_distance": "cosine", "latent_space": "x0"},
     "min snr": only("latent") | {"min_snr": 5.0, "latent_space": "x0", "base_latent_time": None},
+    "no cycle of a pair": {"cycle_pairs": False},
     "half of the rows": {"cycle_fraction": 0.5, "null_text_rate": 0.2},
 }
 

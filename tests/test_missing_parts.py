@@ -20,6 +20,7 @@ OPTIONS = {
     "relaxed texts": only("cycle_latent", "text_marginal")
     | {"text_bridge": "soft", "latent_policy": FULL},
     "half of the rows": {"unconditional_weight": 0.0, "cycle_fraction": 0.5},
+    "no cycle of a pair": {"unconditional_weight": 0.0, "cycle_pairs": False},
     "InfoNCE": only("contrastive"),
     "InfoNCE of distances": only("contrastive") | {"contrastive_options": {"critic": "euclidean"}},
     "padding is taught": {

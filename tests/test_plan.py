@@ -226,8 +226,46 @@ def test_cycles_on_a_fraction_of_the_batch(toy, prior_weight, base_latent_time):
 def test_a_small_fraction_is_rounded_up_but_not_by_a_rounding_error(toy):
     _, text, latent = toy
     objective = cv.CycleObjective(text, latent, cycle_fraction=0.7)
-    assert objective.cycled(10, 20) == (7, 7)
-    assert replace(objective, cycle_fraction=0.01).cycled(3, 3) == (1, 0)
+    assert objective.cycled(10, 20, marked=False) == (7, 7)
+    assert replace(objective, cycle_fraction=0.01).cycled(3, 3, marked=False) == (1, 0)
+
+
+def test_cycles_that_leave_pairs_out_read_the_other_rows_alone(toy):
+    denoiser, text, latent = toy
+    whole = cv.CycleObjective(text, latent, unconditional_weight=0.0)
+    batch, recorder = toy_batch(rows=5), Recorder(denoiser)
+    alone = replace(whole, cycle_pairs=False)
+    metrics = run(alone, recorder, batch).metrics
+    # decoder of pairs and latents, encoder of 5 pseudo-texts, of pairs and texts, decoder of 5
+    assert [len(call[0]) for call in recorder.calls] == [10, 5, 10, 5]
+    assert alone.passes(0) == whole.passes(0) == 4
+    counts = alone.counts(batch)
+    assert counts["cycle_text_loss"] == batch.unpaired_attention_mask.sum()
+    assert counts["cycle_latent_loss"] == 5 * 4 and counts["latent_loss"] == 5 * 4
+    expected = cv.cycle_text_loss(
+        denoiser,
+        batch.unpaired_tokens,
+        batch.unpaired_attention_mask,
+        z_hat=recorder.calls[-1][1],
+        text_process=text,
+        latent_process=latent,
+    )
+    torch.testing.assert_close(metrics["cycle_text_loss"], expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("missing", "term"),
+    [("unpaired_tokens", "texts"), ("unpaired_latents", "latents")],
+)
+def test_cycles_that_leave_pairs_out_need_something_else(toy, missing, term):
+    denoiser, text, latent = toy
+    objective = cv.CycleObjective(text, latent, unconditional_weight=0.0, cycle_pairs=False)
+    batch = toy_batch()
+    gone = {missing: None} | (
+        {"unpaired_attention_mask": None} if term == "texts" else {"pseudo_text_mask": None}
+    )
+    with pytest.raises(ValueError, match=f"run on {term} without a partner, and the batch holds"):
+        run(objective, denoiser, batch._replace(**gone))
 
 
 # Priors by name

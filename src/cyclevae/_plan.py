@@ -155,14 +155,17 @@ class Planned(Options):
             and not self.decodes_apart(terms)
         )
 
-    def cycled(self, paired: int, rows: int) -> tuple[int, int]:
-        """How many of the pairs and of the other rows the cycles run on."""
+    def cycled(self, paired: int, rows: int, *, marked: bool) -> tuple[int, int]:
+        """How many of the pairs and of the other rows the cycles run on.
+
+        Among pairs that are `marked` as lacking a part any may be one without a partner.
+        """
         pairs, others = (
             # rounded up, but not because a fraction such as 0.1 is a little more than written
             math.ceil(self.cycle_fraction * n - 1e-9)
             for n in (paired, rows - paired)
         )
-        return pairs, others
+        return pairs if self.cycle_pairs or marked else 0, others
 
     def _resting(self, step: int) -> tuple[str, ...]:
         """The terms of the cycles that do not run at a step."""

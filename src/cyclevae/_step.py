@@ -92,6 +92,8 @@ class Step(NamedTuple):
             rows.need_texts()
         if self._runs("text", "unconditional", *LATENT_HALF):
             rows.need_latents()
+        if not o.cycle_pairs:
+            rows.need_unpaired(texts=self._runs("cycle_text"), latents=self._runs(*LATENT_HALF))
         few = rows.texts is None or len(rows.texts.tokens) < 2
         if self._runs("prior") and few and needs_two_rows(o.prior, o.pool_prior):
             raise ValueError("the prior is a statistic of a batch: give at least 2 texts")
@@ -128,7 +130,8 @@ class Step(NamedTuple):
         return pick_rows(latents, p, pairs, others), pick_rows(mask, p, pairs, others)
 
     def _cycled(self, rows: Tensor) -> tuple[int, int]:
-        return self.objective.cycled(self.rows.paired, len(rows))
+        marked = self.rows.has_both is not None
+        return self.objective.cycled(self.rows.paired, len(rows), marked=marked)
 
     def _decode(self, decoded: Decoded | None) -> None:
         """One decoder pass: the base text loss on paired rows, pseudo-texts for the cycles."""
@@ -151,7 +154,7 @@ class Step(NamedTuple):
             self._base_text(decoded.logits[:p, : targets[0].shape[1]], *targets)
             decoded = Decoded(*(pick_rows(part, p, pairs, others) for part in decoded))
         if writes:
-            there = self.rows.has_latent
+            there = self.rows.to_cycle(o.cycle_pairs).has_latent
             if there is not None:
                 there = pick_rows(there, p, pairs, others)
             self._read_pseudo_texts(*decoded, there)
@@ -319,7 +322,7 @@ class Step(NamedTuple):
                 policy=constant(o.text_policy),
                 reduction="none",
             )
-            there = self.rows.has_text
+            there = self.rows.to_cycle(o.cycle_pairs).has_text
             self.losses["cycle_text_loss"] = reduce_text(
                 nll,
                 o.text_process.taught(mask),

@@ -109,6 +109,17 @@ class Arranged(NamedTuple):
         texts = None if self.texts is None else self.texts.tokens
         return _all_if_none(self.has_text, texts), _all_if_none(self.has_latent, self.latents)
 
+    def to_cycle(self, pairs: bool) -> "Arranged":
+        """The same, but marked with what cycles read: whole pairs only if asked for."""
+        if pairs or self.has_text is None or self.has_latent is None:
+            return self
+        whole = self.has_text[: self.paired] & self.has_latent[: self.paired]
+        has_text, has_latent = (
+            rows & ~F.pad(whole, (0, len(rows) - self.paired))
+            for rows in (self.has_text, self.has_latent)
+        )
+        return self._replace(has_text=has_text, has_latent=has_latent)
+
     def borrowed(self) -> "Arranged":
         """Rows without a text with that of the next row that has one; batches are in random order.
 
@@ -145,6 +156,20 @@ class Arranged(NamedTuple):
                 "the base losses need at least one pair in a batch, got none; "
                 "set `text_weight` and `latent_weight` to 0 to train without pairs"
             )
+
+    def need_unpaired(self, *, texts: bool, latents: bool) -> None:
+        """An error where cycles that leave pairs out have nothing to run on."""
+        if self.has_both is not None:
+            return
+        for needed, name, rows in (
+            (texts, "texts", None if self.texts is None else self.texts.tokens),
+            (latents, "latents", self.latents),
+        ):
+            if needed and (rows is None or len(rows) == self.paired):
+                raise ValueError(
+                    f"with cycle_pairs=False cycles run on {name} without a partner, and the batch "
+                    "holds none: give some, or set cycle_pairs=True to run them on pairs too"
+                )
 
     def lengths_to_decode(self, generator: torch.Generator | None) -> Mask:
         """A mask for each latent: a pair's own, and for unpaired ones that given or drawn."""

@@ -104,6 +104,7 @@ class CycleObjective(Planned):
         p_dual: the share of steps that run both cycles; the others run one, text and latent in
             turn. The text marginal and the sleep term go with the latent cycle. 0 alternates.
         cycle_every: run the cycles at every so many steps only.
+        cycle_pairs: run the cycles on pairs too, else only on texts and latents without a partner.
         cycle_fraction: the share of pairs, and of other rows, that the cycles run on: the first
             ones of a batch, so batches must be in random order.
         join_passes: run both base terms, with the bridges that they share, as one pass over the
@@ -153,15 +154,18 @@ class CycleObjective(Planned):
         p, texts, latents = rows.paired, rows.texts, rows.latents
         tokens = paired_tokens = base_tokens = cycled_tokens = zero
         has_text, has_latent = rows.present()
+        reads_text, reads_latent = rows.to_cycle(self.cycle_pairs).present()
+        marked = rows.has_both is not None
         if texts is not None:
             taught = self.text_process.taught(texts.mask) & has_text[:, None]
             tokens, paired_tokens = taught.sum(), taught[:p].sum()
             base_tokens = (taught[:p] & has_latent[:p, None]).sum()
-            cycled_tokens = pick_rows(taught, p, *self.cycled(p, len(taught))).sum()
+            read = taught & reads_text[:, None]
+            cycled_tokens = pick_rows(read, p, *self.cycled(p, len(read), marked=marked)).sum()
         elements = 0 if latents is None else latents[:1].numel()
         width = 1 if latents is None else latents.shape[-1]
         base_latents = (has_text[:p] & has_latent[:p]).sum()
-        cycled = pick_rows(has_latent, p, *self.cycled(p, len(has_latent))).sum()
+        cycled = pick_rows(reads_latent, p, *self.cycled(p, len(reads_latent), marked=marked)).sum()
 
         def errors(distance: AnyDistance) -> int:  # the cosine has one per vector
             return elements // width if distance == "cosine" else elements

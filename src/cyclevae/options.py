@@ -94,6 +94,7 @@ class Options:
     p_dual: Number = 1.0
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
+    cycle_pairs: bool = True
     join_passes: bool = False
     non_finite: NonFinite | None = None
     caps: Mapping[str, Number] = field(default_factory=dict)
