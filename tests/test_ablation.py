@@ -15,9 +15,10 @@ sys.path.append(str(Path(__file__).parents[1] / "examples" / "sentences"))
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
 from data import Sentences, Split
-from matrix import ALL, CORE, ROWS, SEEDS, Cell, core, exploratory, quick, search, tuned_as
+from matrix import ALL, CORE, NOISE, ROWS, SEEDS, Cell, core, exploratory, quick, search, tuned_as
 from row_loss import Labels, RowLoss, objectives
 
+import cyclevae as cv
 from cyclevae.testing import toy_denoiser
 
 ROOT = Path(__file__).parents[1]
@@ -131,14 +132,20 @@ def test_the_length_of_a_latent_tells_nothing_of_its_hidden_partner(data):
 
 def test_the_core_is_what_is_preregistered():
     cells = list(core("docstrings", TUNED, 2e12))
-    assert len(cells) == len({c.name for c in cells}) == len({c.key for c in cells}) == 105
+    assert len(cells) == len({c.name for c in cells}) == len({c.key for c in cells}) == 110
     for row in CORE:
         found = {(c.pairs, c.share) for c in cells if c.row == row}
         assert found == {(300, 100), (1000, 100), (3000, 100), (1000, 25)}
     assert {c.pairs for c in cells if c.row == "paired"} == {300, 1000, 3000, 6000}
     for seed in SEEDS:
-        assert sum(c.seed == seed for c in cells) == 21
+        assert sum(c.seed == seed for c in cells) == 22
     assert len({c.cap for c in cells}) == 1
+
+
+def test_cells_of_a_row_have_one_cap_but_for_the_control_with_twice_as_much():
+    caps = {c.row: c.cap for c in exploratory("docstrings", TUNED, 2.0)}
+    assert {row for row, cap in caps.items() if cap != 2.0} == {"unimodal_long"}
+    assert caps["unimodal_long"] == 4.0
 
 
 def test_a_teacher_is_trained_before_who_learns_of_it():
@@ -204,24 +211,27 @@ def test_every_row_has_a_loss_that_teaches(row, data):
     row_loss.after_step(denoiser.module)
 
 
-def test_pseudo_pairs_join_made_and_real_parts(data):
-    _, row_loss, dealt = toy("pseudo", data)
-    texts, latents = dealt.unpaired_text[:5], dealt.unpaired_latent[:5]
-    (tokens, mask, made), (words, kept, real) = row_loss.labels.batches(data.train, texts, latents)
-    width = tokens.shape[1]
-    assert torch.equal(tokens, data.train.tokens[texts][:, :width]) and made.shape == (5, 4)
-    assert not torch.equal(made, data.train.latents[texts])
-    assert torch.equal(real, data.train.latents[latents])
-    assert ((words != 0) == kept).all() and mask.any(dim=1).all()
+def test_pseudo_pairs_teach_the_decoder_latents_made_once(data):
+    denoiser, row_loss, dealt = toy("pseudo", data)
+    rows, made = dealt.unpaired_text[:5], row_loss.labels.latents
+    assert (made[dealt.unpaired_text] != 0).all() and (made[dealt.paired] == 0).all()
+    tokens, mask = data.train.tokens[rows], data.train.attention_mask[rows]
+    expected = row_loss.teach(denoiser, cv.Batch(tokens, mask, made[rows]), step=0).loss
+    weight = objectives(ROWS["half"], row_loss_processes())[0].weights(10_000)["cycle_text"]
+    logits = cv.l2t(denoiser, made[rows], mask, text_process=row_loss_processes()[0])
+    assert expected.item() == pytest.approx(weight * cv.text_loss(logits, tokens, mask).item())
 
 
-def test_pseudo_pairs_weigh_as_the_cycles_do():
-    _, *processes = toy_denoiser(seed=0)
-    row_loss = RowLoss(ROWS["pseudo"], tuple(processes), None, split(), 0)
-    (half,) = objectives(ROWS["half"], tuple(processes))
-    weights = half.weights(10_000)
-    assert row_loss.teach_text.weights(0) == {"text": weights["cycle_text"]}
-    assert row_loss.teach_latent.weights(0) == {"latent": weights["cycle_latent"]}
+def row_loss_processes():
+    return toy_denoiser(seed=0)[1:]
+
+
+def test_the_noise_on_pseudo_latents_is_that_of_the_cycle():
+    (half,) = objectives(ROWS["half"], row_loss_processes())
+    assert half.latent_bridge.noise == NOISE["latent_bridge"]["noise"] > 0
+    row_loss = RowLoss(ROWS["pseudo"], row_loss_processes(), None, split(), 0)
+    noised = row_loss._noised(torch.zeros(200, 100), 0.75)
+    assert noised.std().item() == pytest.approx(0.75, rel=0.02)
 
 
 # --- Statistics --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What costs nothing: ridge regression from words to the latent, and the text of a near latent.
 
-Both see the same pairs as the rows of the matrix. A model that does not beat them has learned little.
+Both see the same pairs as the rows of the matrix. A model that does not beat them has
+learned little.
 """
 
 from collections.abc import Sequence

@@ -89,6 +89,6 @@ def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
 
 
 CORPORA = {
-    "docstrings": Corpus(_docstrings, _joint, cap=2e12),
-    "glosses": Corpus(_glosses, _mmdit, cap=2e12),
+    "docstrings": Corpus(_docstrings, _joint, cap=1.5e12),
+    "glosses": Corpus(_glosses, _mmdit, cap=1.5e12),
 }

@@ -10,18 +10,31 @@ ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the or
 SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 15), 100
 WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
 
-NO_CYCLES = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}
-HALF = {
-    "cycle_text_weight": {"weight": 2.0, **WAIT},
-    "cycle_latent_weight": {"weight": 10.0, **WAIT},
+# Every option that a row may differ in is written out, whatever the library's defaults are.
+PLAIN: dict[str, Any] = {
+    "text_weight": 1.0,
+    "latent_weight": 5.0,
+    "unconditional_weight": 0.0,
+    "cycle_text_weight": 0.0,
+    "cycle_latent_weight": 0.0,
+    "cycle_pairs": False,
+    "latent_bridge": {"noise": 0.0},
+    "text_bridge": "categorical",
+    "text_policy": "stop_gradient",
+    "latent_policy": "stop_gradient",
 }
-FULL = {"bridge": "full"}
+UNIMODAL = {"unconditional_weight": 1.0}
+NOISE = {"latent_bridge": {"noise": 0.75}}
+HALF = {"cycle_text_weight": {"weight": 2.0, **WAIT}, **NOISE}
+LATENT_CYCLE = {"cycle_latent_weight": {"weight": 1.0, **WAIT}}
+BOTH = {**HALF, **LATENT_CYCLE}
 ST = {
-    **HALF,
+    **BOTH,
     "text_bridge": "straight_through",
-    "text_policy": FULL,
-    "latent_policy": FULL,
+    "text_policy": {"bridge": "full"},
+    "latent_policy": {"bridge": "full"},
 }
+PAIRS_TOO = {"cycle_pairs": True}
 
 Unpaired = Literal["none", "real", "corrupted", "encoded"]
 Extra = Literal["pseudo_pairs", "noised_latents"]
@@ -33,7 +46,7 @@ class Row:
 
     Attributes:
         label: as tables and plots name it.
-        options: of the `CycleObjective`, in the form of its `from_config`.
+        options: of the `CycleObjective`, those beside `PLAIN`, in the form of its `from_config`.
         unpaired: which unpaired data there is: none, the real one, one whose words are shuffled and
             whose latents are rotated, or one whose texts an encoder at hand has made pairs.
         extra: a loss beside the objective: see `row_loss`.
@@ -45,7 +58,7 @@ class Row:
     """
 
     label: str
-    options: Mapping[str, Any] = field(default_factory=lambda: NO_CYCLES)
+    options: Mapping[str, Any] = field(default_factory=dict)
     unpaired: Unpaired = "real"
     extra: Extra | None = None
     teacher: str | None = None
@@ -56,67 +69,74 @@ class Row:
     cost: float = 2.0
 
 
-def _alone(term: str) -> dict[str, Any]:
-    """The options under which one base term trains alone."""
-    base = {"text_weight": 1.0, "latent_weight": 5.0, "unconditional_weight": 1.0}
-    return {**NO_CYCLES, **{key: base[key] if key == f"{term}_weight" else 0.0 for key in base}}
-
-
-_MODES = tuple(_alone(term) for term in ("text", "latent", "unconditional"))
+_MODES = (
+    {"latent_weight": 0.0},
+    {"text_weight": 0.0},
+    {"text_weight": 0.0, "latent_weight": 0.0, **UNIMODAL},
+)
 _PRIOR = {**HALF, "prior_weight": 0.1}
 
 ROWS: dict[str, Row] = {
     # the core
     "paired": Row("pairs only", unpaired="none", cost=1.0),
-    "unimodal": Row("+ unimodal denoising"),
+    "unimodal": Row("+ unimodal denoising", UNIMODAL),
     "pseudo": Row("+ offline pseudo-pairs", extra="pseudo_pairs", teacher="unimodal"),
-    "half": Row("+ half cycles", HALF),
+    "half": Row("+ half cycle (the recipe)", HALF),
+    "both": Row("+ both half cycles", BOTH),
     "straight_through": Row("+ straight-through cycles", ST),
     "oracle": Row("all pairs, until it stops", unpaired="none", ends="stop", cost=4.0),
     # exploratory: controls
     "paired_to_cap": Row("pairs only, trained to the cap", unpaired="none", ends="cap"),
-    "paired_plain": Row(
-        "pairs only, no joint mode", {**NO_CYCLES, "unconditional_weight": 0.0}, unpaired="none"
-    ),
-    "half_on_pairs": Row("half cycles on the pairs", HALF, unpaired="none"),
-    "half_corrupted": Row("half cycles on corrupted data", HALF, unpaired="corrupted"),
+    "paired_joint": Row("pairs only, with the joint mode", UNIMODAL, unpaired="none"),
+    "unimodal_long": Row("+ unimodal denoising, twice the cap", UNIMODAL, cost=3.0),
+    "half_on_pairs": Row("half cycle on the pairs", {**HALF, **PAIRS_TOO}, unpaired="none"),
+    "half_corrupted": Row("half cycle on corrupted data", HALF, unpaired="corrupted"),
     "noised": Row("L2T on noised latents", extra="noised_latents"),
-    "contrastive": Row("InfoNCE, no cycles", {**NO_CYCLES, "contrastive_weight": 0.1}),
+    "contrastive": Row("InfoNCE, no cycles", {"contrastive_weight": 0.1}),
     "encoded": Row("every text encoded", unpaired="encoded"),
-    "encoded_half": Row("every text encoded, + half cycles", HALF, unpaired="encoded"),
-    # exploratory: priors on top of half cycles
-    "moment": Row("half cycles + moment prior", {**_PRIOR, "prior": "moment"}),
+    "encoded_cycle": Row("every text encoded, + latent cycle", LATENT_CYCLE, unpaired="encoded"),
+    # exploratory: parts of the recipe
+    "half_no_noise": Row("half cycle without noise", {**HALF, "latent_bridge": {"noise": 0.0}}),
+    "half_all_rows": Row("half cycle on pairs too", {**HALF, **PAIRS_TOO}),
+    "half_joint": Row("half cycle + unimodal denoising", {**HALF, **UNIMODAL}),
+    "half_contrastive": Row("half cycle + InfoNCE", {**HALF, "contrastive_weight": 0.1}),
+    "half_full": Row("half cycle, gradient through z_hat", {**HALF, "text_policy": "full"}),
+    "latent_only": Row("latent cycle alone", LATENT_CYCLE),
+    "both_argmax": Row("both half cycles, argmax texts", {**BOTH, "text_bridge": "argmax"}),
+    "both_unmask": Row(
+        "both half cycles, texts in 6 passes",
+        {**BOTH, "text_bridge": {"name": "unmask", "steps": 6}},
+    ),
+    # exploratory: priors on top of the recipe
+    "moment": Row("half cycle + moment prior", {**_PRIOR, "prior": "moment"}),
     "mmd": Row(
-        "half cycles + MMD prior",
+        "half cycle + MMD prior",
         {**_PRIOR, "prior": "mmd", "prior_options": {"standardize": True}},
     ),
     "learned": Row(
-        "half cycles + learned prior",
-        {**_PRIOR, "prior": "learned", "prior_weight": 0.01, "prior_options": {"weighting": "vdm"}},
+        "half cycle + learned prior",
+        {**_PRIOR, **UNIMODAL, "prior": "learned", "prior_weight": 0.01,
+         "prior_options": {"weighting": "vdm"}},
     ),
-    "ddvi": Row("half cycles + DDVI", {**_PRIOR, "prior": "ddvi", "prior_weight": 0.01}),
+    "ddvi": Row("half cycle + DDVI", {**_PRIOR, **UNIMODAL, "prior": "ddvi", "prior_weight": 0.01}),
     # exploratory: fewer cycles
-    "half_every_2": Row("half cycles on every 2nd step", {**HALF, "cycle_every": 2}),
-    "half_every_4": Row("half cycles on every 4th step", {**HALF, "cycle_every": 4}),
-    "half_fraction": Row("half cycles on half the rows", {**HALF, "cycle_fraction": 0.5}),
+    "half_every_2": Row("half cycle on every 2nd step", {**HALF, "cycle_every": 2}),
+    "half_every_4": Row("half cycle on every 4th step", {**HALF, "cycle_every": 4}),
+    "half_fraction": Row("half cycle on half the rows", {**HALF, "cycle_fraction": 0.5}),
     # the seed's matrix, on pairs
     "l2t_only": Row("L2T only", _MODES[0], unpaired="none", select="text", cost=1.0),
     "t2l_only": Row("T2L only", _MODES[1], unpaired="none", select="latent", cost=1.0),
     "unconditional": Row("unconditional", _MODES[2], unpaired="none", cost=1.0),
     "random": Row("random", modes=_MODES, shuffled=True, unpaired="none", cost=1.0),
     "sequential": Row("sequential", modes=_MODES, unpaired="none", cost=1.0),
-    "text_cycle": Row(
-        "+ text cycle", {**NO_CYCLES, "cycle_text_weight": HALF["cycle_text_weight"]}, "none"
-    ),
-    "latent_cycle": Row(
-        "+ latent cycle", {**NO_CYCLES, "cycle_latent_weight": HALF["cycle_latent_weight"]}, "none"
-    ),
-    "both_cycles": Row("+ both cycles", HALF, "none"),
-}
+    "text_cycle": Row("+ text cycle", {**UNIMODAL, **HALF, **PAIRS_TOO}, "none"),
+    "latent_cycle": Row("+ latent cycle", {**UNIMODAL, **LATENT_CYCLE, **PAIRS_TOO}, "none"),
+    "both_cycles": Row("+ both cycles", {**UNIMODAL, **BOTH, **PAIRS_TOO}, "none"),
+}  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
-EXPLORATORY = tuple(ROWS)[6:21]
-SEED_MATRIX = tuple(ROWS)[21:]
+EXPLORATORY = tuple(ROWS)[7:31]
+SEED_MATRIX = tuple(ROWS)[31:]
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Changes with anything that the cell is told, so that no stale result is taken for it."""
-        told = {**asdict(self), "row": asdict(ROWS[self.row])}
+        told = {**asdict(self), "row": asdict(ROWS[self.row]), "plain": PLAIN}
         del told["row"]["label"], told["row"]["cost"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -178,9 +198,10 @@ def tuned_as(row: str) -> str:
     """The row whose search an exploratory row borrows: the nearest one of the core."""
     if row in CORE or row == "paired":
         return row
-    if ROWS[row].options.get("cycle_text_weight") or ROWS[row].options.get("cycle_latent_weight"):
+    options = ROWS[row].options
+    if "cycle_text_weight" in options or "cycle_latent_weight" in options:
         return "half"
-    return "paired" if ROWS[row].unpaired == "none" else "unimodal"
+    return "unimodal" if "unconditional_weight" in options else "paired"
 
 
 def search(corpus: str, cap: float) -> Iterator[Cell]:
@@ -199,6 +220,7 @@ def core(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
     for seed in SEEDS:
         for row in CORE:
             yield cell(seed, row, PRIMARY, 100)
+        yield cell(seed, "both", PRIMARY, 100)
         for pairs in (PRIMARY, 300, 3000, 6000):
             yield cell(seed, "paired", pairs, 0)
         yield cell(seed, "oracle", ALL, 0)
@@ -212,7 +234,8 @@ def exploratory(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
     for seed in FEW_SEEDS:
         for row in EXPLORATORY:
             share = 100 * (ROWS[row].unpaired != "none")
-            yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=cap)
+            spent = 2 * cap if row == "unimodal_long" else cap
+            yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=spent)
         for row in SEED_MATRIX:
             for pairs in (PRIMARY, ALL):
                 yield Cell(corpus, row, pairs, 0, seed, **tuned[tuned_as(row)], cap=cap)
