@@ -14,7 +14,7 @@ from matrix import ALL, EXPLORATORY, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
-CORE_ORDER = ("paired", "unimodal", "pseudo", "half", "straight_through")
+CORE_ORDER = ("paired", "unimodal", "pseudo", "half", "both", "straight_through")
 CONTROL = "unimodal"
 
 
@@ -202,7 +202,7 @@ def primary(results: Results) -> str:
         ]
         for name, difference, adjusted in zip(names, found, holm([f.p for f in found]), strict=True)
     ]
-    head = ["measure", "control", "half cycles", "difference", "p, Holm", "verdict"]
+    head = ["measure", "control", "half cycle", "difference", "p, Holm", "verdict"]
     return table(head, rows)
 
 
@@ -212,11 +212,35 @@ def verdict(difference: Estimate, p: float, better: int) -> str:
     return "cycles help" if difference.value * better > 0 else "cycles hurt"
 
 
+def beside(results: Results, keys: Sequence[Key], base: Key) -> str:
+    """Rows with their differences from another, on the seeds that both have."""
+    compared, rows = Compared(results), []
+    for key in keys:
+        if key not in results or base not in results:
+            continue
+        cells = [
+            interval(compared.difference(key, base, name))
+            for name in ("l2t_ce_true", "l2t_ce_predicted", "t2l_r10")
+        ]
+        seeds = results.seeds(key, base)
+        mse = np.mean(
+            [
+                one["measures"]["t2l_mse"] - other["measures"]["t2l_mse"]
+                for one, other in zip(results.of(key, seeds), results.of(base, seeds), strict=True)
+            ]
+        )
+        rows.append([_label(key), *cells, f"{mse:+.3f}", str(len(seeds))])
+    names = ("l2t_ce_true", "l2t_ce_predicted", "t2l_r10", "t2l_mse")
+    return table([f"minus {_label(base)}", *(_title(MEASURES[n]) for n in names), "seeds"], rows)
+
+
 def by_pairs(results: Results, measure: str) -> str:
     """One measure at each number of pairs, and the difference of each row from the control."""
     compared, budgets = Compared(results), (300, 1000, 3000)
     rows = []
     for row in CORE_ORDER:
+        if _key(row, budgets[0]) not in results:
+            continue
         cells = []
         for pairs in budgets:
             key, control = _key(row, pairs), _key(CONTROL, pairs)
@@ -236,6 +260,8 @@ def equivalents(results: Results) -> str:
     compared, rows = Compared(results), []
     for row in CORE_ORDER[1:]:
         for pairs in (300, 1000, 3000):
+            if _key(row, pairs) not in results:
+                continue
             cells = []
             for measure in ("l2t_ce_true", "t2l_r10"):
                 key = _key(row, pairs)
@@ -252,7 +278,7 @@ def equivalents(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """Half cycles against the control with a quarter and with all of the unpaired rows."""
+    """The half cycle against the control with a quarter and with all of the unpaired rows."""
     compared, rows = Compared(results), []
     for measure in ("l2t_ce_true", "t2l_r10"):
         gains, cells = [], []
@@ -265,7 +291,7 @@ def growth(results: Results) -> str:
         draws = gains[1].draws - gains[0].draws
         change = estimate(gains[1].value - gains[0].value, draws)
         rows.append([MEASURES[measure].label, *cells, interval(change)])
-    return table(["half cycles - control", "25 %", "100 %", "100 % - 25 %"], rows)
+    return table(["half cycle - control", "25 %", "100 %", "100 % - 25 %"], rows)
 
 
 def costs(results: Results, keys: Sequence[Key]) -> str:
@@ -332,12 +358,31 @@ def search_table(results: Results) -> str:
     scores = {tuple(r["cell"][name] for name in names): r["best"] for r in results.search}
     points = sorted({key[1:] for key in scores})
     rows = []
-    for row in CORE_ORDER:
+    for row in dict.fromkeys(key[0] for key in scores):
         found = [scores.get((row, *point), float("nan")) for point in points]
         best = min(found)
         cells = [f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in found]
         rows.append([ROWS[row].label, *cells])
     return table(["nats per pair", *(f"rate {a:g}, decay {b:g}" for a, b in points)], rows)
+
+
+def hours(docstrings: Results, glosses: Results | None) -> str:
+    """What each tier took: cells, and hours of one core."""
+    explored = {*EXPLORATORY, *SEED_MATRIX}
+    cells = [result for found in docstrings.cells.values() for result in found]
+    tiers = {
+        "search": docstrings.search,
+        "core": [r for r in cells if r["cell"]["row"] not in explored],
+        "exploratory": [r for r in cells if r["cell"]["row"] in explored],
+        "second corpus": [
+            r for found in (glosses.cells.values() if glosses else ()) for r in found
+        ],
+    }
+    rows = []
+    for name, found in tiers.items():
+        runs = {r["key"]: r["training"]["seconds_with_measuring"] for r in found}
+        rows.append([name, str(len(runs)), f"{sum(runs.values()) / 3600:.1f}"])
+    return table(["tier", "cells", "hours of one core"], rows)
 
 
 def row_key(row: str, pairs: int, share: int) -> Key:
@@ -385,8 +430,13 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "costs": costs(docstrings, core),
         "search": search_table(docstrings),
         "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
+        "controls": beside(docstrings, explored, _key(CONTROL, PRIMARY)),
+        "parts": beside(docstrings, explored, _key("half", PRIMARY)),
         "baselines": baselines_table(docstrings),
-        "seed-matrix": measured(docstrings, seeds, MEASURES),
+        "seed-matrix": measured(docstrings, seeds[: len(SEED_MATRIX)], MEASURES),
+        "seed-matrix-all": measured(docstrings, seeds[len(SEED_MATRIX) :], MEASURES),
+        "compute": costs(docstrings, _keys(PRIMARY, CONTROL, *FEWER)),
+        "hours": hours(docstrings, glosses),
     }
     if glosses is not None:
         found["glosses"] = measured(glosses, core, MEASURES)
