@@ -387,7 +387,8 @@ def test_evaluation_weighs_as_the_last_step_did():
 
 
 @pytest.mark.parametrize(
-    "options", [{"cycle_every": 5}, {"cycle_p_dual": 0.01}, {"cycle_fraction": 0.25}]
+    "options",
+    [{"cycle_every": 5}, {"cycle_p_dual": 0.01}, {"cycle_fraction": 0.25}, {"cycle_pairs": False}],
 )
 def test_evaluation_runs_every_cycle_on_every_row(options):
     batch = make_batch()
@@ -493,6 +494,7 @@ REACHES = {
     "cycle_p_dual": (0.3, "p_dual"),
     "cycle_every": (2, "cycle_every"),
     "cycle_fraction": (0.5, "cycle_fraction"),
+    "cycle_pairs": (False, "cycle_pairs"),
     "cycle_non_finite": ("raise", "non_finite"),
     "cycle_seed": (7, "seed"),
     "cycle_max_gain": (5.0, "latent_process.max_gain"),

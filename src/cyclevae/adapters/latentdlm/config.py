@@ -57,6 +57,7 @@ class LossKeys:
     cycle_max_gain: Number = 10.0
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
+    cycle_pairs: bool = True
     cycle_p_dual: Number = 1.0
     cycle_checkpoint_passes: bool = False
     cycle_non_finite: Literal["zero", "raise"] | None = "zero"
@@ -157,6 +158,7 @@ class LossKeys:
             "p_dual": self.cycle_p_dual,
             "cycle_every": self.cycle_every,
             "cycle_fraction": self.cycle_fraction,
+            "cycle_pairs": self.cycle_pairs,
             "non_finite": self.cycle_non_finite,
             "seed": self.cycle_seed,
             **self._base_latent(trainer),

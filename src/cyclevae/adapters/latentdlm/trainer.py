@@ -90,6 +90,7 @@ class CycleTrainer(nn.Module):
             "cycle_every": 1,
             "p_dual": 1.0,
             "cycle_fraction": 1.0,
+            "cycle_pairs": True,
             "non_finite": None,
         }
         self._measure = replace(self._objective, **whole)
