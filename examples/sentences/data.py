@@ -391,9 +391,7 @@ def load_sentences(
     The first call harvests and encodes (about a minute) and fills `cache_dir`; later calls read it.
     `source` gives sentences in place of `harvest`.
     """
-    sentences, clusters, embeddings = _cached(
-        Path(cache_dir), source or harvest, max_words, limit, progress
-    )
+    sentences, clusters, embeddings = _cached(Path(cache_dir), source, max_words, limit, progress)
     held_out = min(500, len(sentences) // 10)
     validation, test, train = deal(clusters, (held_out, held_out), seed)
     normaliser = LatentNormaliser.fit(embeddings[train], dim)
@@ -408,19 +406,20 @@ def load_sentences(
 
 
 def _cached(
-    folder: Path, source: Source, max_words: int, limit: int | None, progress: bool
+    folder: Path, source: Source | None, max_words: int, limit: int | None, progress: bool
 ) -> tuple[list[str], Tensor, Tensor]:
     """(sentences, clusters, embeddings) from the cache, or built and stored there."""
     safetensors = _require("safetensors.torch")
     # The sentences follow from the Python, from this very file and from that of the source, so
     # these stand in for them in the key: hashing the sentences would mean harvesting at each start.
     encoder = _require(ENCODER).__version__
-    code = [Path(file).read_bytes() for file in (__file__, inspect.getfile(source))]
-    made_by = (*code, source.__name__, sys.version, encoder, max_words, limit)
+    made_by = [Path(__file__).read_bytes(), sys.version, encoder, max_words, limit]
+    if source is not None:
+        made_by += [Path(inspect.getfile(source)).read_bytes(), source.__name__]
     path = folder / f"sentences-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}.bin"
 
     def build() -> bytes:
-        found = source(max_words=max_words, limit=limit, progress=progress)
+        found = (source or harvest)(max_words=max_words, limit=limit, progress=progress)
         sizes = map(len, word_pieces(found))
         sentences = [s for s, size in zip(found, sizes, strict=True) if size <= LONGEST]
         text = torch.frombuffer(bytearray("\n".join(sentences).encode()), dtype=torch.uint8)
