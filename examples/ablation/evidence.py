@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from bootstrap import Estimate, Resampled, Values, estimate, holm, pair_equivalents
-from matrix import ALL, EXPLORATORY, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
+from matrix import ALL, BUDGETS, EXPLORATORY, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
@@ -161,10 +161,11 @@ def count_of(pairs: float, most: int) -> str:
 
 def measured(results: Results, keys: Sequence[Key], measures: Mapping[str, Measure]) -> str:
     """Rows by measures, means over seeds."""
-    head = ["row", *(_title(m) for m in measures.values()), "seeds"]
+    head = ["row", "pairs", *(_title(m) for m in measures.values()), "seeds"]
     rows = [
         [
             _label(key),
+            f"{key[1] or results.train:,}",
             *(f"{results.mean(key, name):{m.form}}" for name, m in measures.items()),
             str(len(results.of(key))),
         ]
@@ -236,13 +237,12 @@ def beside(results: Results, keys: Sequence[Key], base: Key) -> str:
 
 def by_pairs(results: Results, measure: str) -> str:
     """One measure at each number of pairs, and the difference of each row from the control."""
-    compared, budgets = Compared(results), (300, 1000, 3000)
-    rows = []
+    compared, rows = Compared(results), []
     for row in CORE_ORDER:
-        if _key(row, budgets[0]) not in results:
+        if _key(row, BUDGETS[0]) not in results:
             continue
         cells = []
-        for pairs in budgets:
+        for pairs in BUDGETS:
             key, control = _key(row, pairs), _key(CONTROL, pairs)
             if key not in results or control not in results:
                 cells.append("")
@@ -252,14 +252,14 @@ def by_pairs(results: Results, measure: str) -> str:
                 text += f" ({interval(compared.difference(key, control, measure))})"
             cells.append(text)
         rows.append([ROWS[row].label, *cells])
-    return table([_title(MEASURES[measure]), *(f"{n:,} pairs" for n in budgets)], rows)
+    return table([_title(MEASURES[measure]), *(f"{n:,} pairs" for n in BUDGETS)], rows)
 
 
 def equivalents(results: Results) -> str:
     """What each row's value is worth in pairs, in both directions."""
     compared, rows = Compared(results), []
     for row in CORE_ORDER[1:]:
-        for pairs in (300, 1000, 3000):
+        for pairs in BUDGETS:
             if _key(row, pairs) not in results:
                 continue
             cells = []
@@ -416,6 +416,7 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
     core = [*_keys(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
     explored = _keys(PRIMARY, *EXPLORATORY)
     seeds = [row_key(row, pairs, 0) for pairs in (PRIMARY, ALL) for row in SEED_MATRIX]
+    light = [row_key("paired_light", pairs, 0) for pairs in (PRIMARY, 3000, 6000, ALL)]
     found = {
         "primary": primary(docstrings),
         "core": measured(docstrings, core, MEASURES),
@@ -429,6 +430,7 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "growth": growth(docstrings),
         "costs": costs(docstrings, core),
         "search": search_table(docstrings),
+        "light": measured(docstrings, light, MEASURES),
         "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
         "controls": beside(docstrings, explored, _key(CONTROL, PRIMARY)),
         "parts": beside(docstrings, explored, _key("half", PRIMARY)),
@@ -441,6 +443,7 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
     if glosses is not None:
         found["glosses"] = measured(glosses, core, MEASURES)
         found["glosses-primary"] = primary(glosses)
+        found["glosses-equivalents"] = equivalents(glosses)
     return found
 
 

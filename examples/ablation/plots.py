@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from evidence import CORE_ORDER, MEASURES, Compared, Key, Results, row_key
-from matrix import ALL, PRIMARY, ROWS
+from matrix import ALL, BUDGETS, PRIMARY, ROWS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -19,7 +19,6 @@ COLOURS = {
     "half": "#d62728",
     "straight_through": "#ff7f0e",
 }
-BUDGETS = (300, 1000, 3000)
 matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same file
 
 
