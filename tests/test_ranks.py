@@ -60,6 +60,12 @@ def test_everything_is_double():
     check_ranks(partial(single, makes(**TERMS["cycle_text"])), [texts], tolerance=1e-10)
 
 
+def test_cycles_that_leave_pairs_out_where_a_part_has_nothing_else():
+    bridge = cv.LatentBridge(noise=0.5)
+    check_ranks(makes(cycle_pairs=False, latent_bridge=bridge), [STEPS[:2]])
+    check_ranks(makes(cycle_pairs=False, unconditional_weight=0.0), [STEPS])
+
+
 def single(make):
     return make().float()
 

@@ -67,7 +67,9 @@ class Step(NamedTuple):
     def all(self) -> None:
         """Run the passes, and with them the terms and the statistics."""
         self._check()
-        run = self._replace(rows=self.rows.borrowed())
+        # other ranks run the passes of the cycles, so this one does, and counts no row of them
+        rows = self.rows.marked() if self._lacks_rows_to_cycle() else self.rows
+        run = self._replace(rows=rows.borrowed())
         decoded, encoded = run._both() if run.objective.joins(run.weights) else (None, None)
         if self._runs("text", *LATENT_HALF):
             run._decode(decoded)
@@ -83,6 +85,14 @@ class Step(NamedTuple):
     def _runs(self, *terms: str) -> bool:
         return any(term in self.weights for term in terms)
 
+    def _lacks_rows_to_cycle(self) -> str | None:
+        """Whether the cycles leave out all that the batch holds, and of what."""
+        if self.objective.cycle_pairs:
+            return None
+        return self.rows.lacks_unpaired(
+            texts=self._runs("cycle_text"), latents=self._runs(*LATENT_HALF)
+        )
+
     def _check(self) -> None:
         """Refuse a step that could not run to its end, before any pass."""
         o, rows = self.objective, self.rows
@@ -92,8 +102,12 @@ class Step(NamedTuple):
             rows.need_texts()
         if self._runs("text", "unconditional", *LATENT_HALF):
             rows.need_latents()
-        if not o.cycle_pairs:
-            rows.need_unpaired(texts=self._runs("cycle_text"), latents=self._runs(*LATENT_HALF))
+        if (lacking := self._lacks_rows_to_cycle()) and not self.counts:
+            raise ValueError(
+                f"with cycle_pairs=False cycles run on {lacking} without a partner, and the batch "
+                "holds none: give some, or set cycle_pairs=True to run them on pairs too; a part "
+                "of a step may lack them where `counts` are given"
+            )
         few = rows.texts is None or len(rows.texts.tokens) < 2
         if self._runs("prior") and few and needs_two_rows(o.prior, o.pool_prior):
             raise ValueError("the prior is a statistic of a batch: give at least 2 texts")

@@ -157,19 +157,20 @@ class Arranged(NamedTuple):
                 "set `text_weight` and `latent_weight` to 0 to train without pairs"
             )
 
-    def need_unpaired(self, *, texts: bool, latents: bool) -> None:
-        """An error where cycles that leave pairs out have nothing to run on."""
-        if self.has_both is not None:
-            return
-        for needed, name, rows in (
+    def lacks_unpaired(self, *, texts: bool, latents: bool) -> str | None:
+        """Of what was asked for, that which every row has a partner of."""
+        for asked, name, rows in (
             (texts, "texts", None if self.texts is None else self.texts.tokens),
             (latents, "latents", self.latents),
         ):
-            if needed and (rows is None or len(rows) == self.paired):
-                raise ValueError(
-                    f"with cycle_pairs=False cycles run on {name} without a partner, and the batch "
-                    "holds none: give some, or set cycle_pairs=True to run them on pairs too"
-                )
+            if asked and self.has_both is None and (rows is None or len(rows) == self.paired):
+                return name
+        return None
+
+    def marked(self) -> "Arranged":
+        """The same, marked: all parts are there."""
+        has_text, has_latent = self.present()
+        return self._replace(has_text=has_text, has_latent=has_latent)
 
     def lengths_to_decode(self, generator: torch.Generator | None) -> Mask:
         """A mask for each latent: a pair's own, and for unpaired ones that given or drawn."""
