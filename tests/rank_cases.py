@@ -9,6 +9,7 @@ import torch
 
 import cyclevae as cv
 from cyclevae.testing import ToyNetwork
+from recipes import EVERY_TERM
 
 TEXT = cv.TextProcess(2, 7, pad_id=0)
 LATENT = cv.LatentProcess("continuous_cosine", shape=(4,))
@@ -110,7 +111,7 @@ def network(kind=ToyNetwork):
 def module(objective=cv.CycleObjective, kind=ToyNetwork, **options):
     student = network(kind)
     teacher = cv.Teacher(network()) if options.get("prior") in ("learned", "ddvi") else None
-    objective = objective(TEXT, LATENT, **options)
+    objective = objective(TEXT, LATENT, **EVERY_TERM | options)
     return cv.StepModule(cv.as_denoiser(student), objective, teacher)
 
 

@@ -12,6 +12,15 @@ FROZEN = cv.GradientPolicy("full", freeze=("word.*", "text_head.*"), freeze_brid
 EPSILON = cv.LatentProcess(prediction="epsilon", shape=(4,))
 X0 = cv.LatentProcess("continuous_cosine", prediction="x0", shape=(4,))
 
+EVERY_TERM = {
+    "unconditional_weight": 1.0,
+    "cycle_text_weight": 2.0,
+    "cycle_latent_weight": 10.0,
+    "cycle_pairs": True,
+    "text_bridge": "argmax",
+    "latent_bridge": cv.LatentBridge(),
+}
+
 
 def only(*terms):
     return {f"{term}_weight": float(term in terms) for term in TERMS}
@@ -73,5 +82,10 @@ RECIPES = {
 }
 
 
+def every_term(text_process, latent_process, **options):
+    """An objective of the unconditional mode and both cycles, on all rows, unless told not."""
+    return cv.CycleObjective(text_process, latent_process, **EVERY_TERM | options)
+
+
 def recipe(options):
-    return cv.CycleObjective(**{"text_process": TEXT, "latent_process": LATENT} | options)
+    return every_term(**{"text_process": TEXT, "latent_process": LATENT} | options)

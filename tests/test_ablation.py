@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "ablation"))
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "sentences"))
+# first, because other examples have a `data` too
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sentences"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "ablation"))
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
 from data import Sentences, Split
@@ -174,6 +175,13 @@ def test_every_row_makes_an_objective_and_is_in_a_tier():
         assert tuned_as(name) in TUNED
     tiers = [*core("docstrings", TUNED, 1.0), *exploratory("docstrings", TUNED, 1.0)]
     assert {c.row for c in tiers} == set(ROWS)
+
+
+def test_the_recipe_is_what_the_library_does_by_default():
+    _, *processes = toy_denoiser(seed=0)
+    (half,) = objectives(ROWS["half"], tuple(processes))
+    weight = half.weights(10_000)["cycle_text"]
+    assert replace(half, cycle_text_weight=weight) == cv.CycleObjective(*processes)
 
 
 def test_a_key_changes_with_all_that_a_cell_is_told():

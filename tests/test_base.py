@@ -20,6 +20,7 @@ from cyclevae.schedules import anneal
 from cyclevae.testing import toy_batch, toy_denoiser
 from cyclevae.times import TimePolicy
 from oracles import Spy, array, assert_near_mean
+from recipes import every_term
 from strategies import latents, magnitudes, masks, quick, seeds, splits, texts
 
 REDUCTIONS = ("mean", "sum", "none", "nats")
@@ -934,7 +935,7 @@ def test_taught_padding_counts_in_every_decoder_loss(taught, counted):
         cv.l2t_loss(denoiser, tokens, z, mask, text_process=text),
         cv.cycle_text_loss(denoiser, tokens, mask, z_hat=z, **processes),
     ]
-    objective = cv.CycleObjective(**processes, unconditional_weight=0.0, cycle_text_weight=0.0)
+    objective = every_term(**processes, unconditional_weight=0.0, cycle_text_weight=0.0)
     batch = cv.Batch(tokens, mask, z)
     losses.append(objective(denoiser, batch, step=0).metrics["text_loss"])
     for loss in losses:
@@ -963,7 +964,7 @@ def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
     ).logits
     expected = F.cross_entropy(logits[masked], tokens[masked])
     torch.testing.assert_close(loss, expected)
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         process,
         unconditional_weight=0.0,

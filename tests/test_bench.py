@@ -18,6 +18,7 @@ from results import Row, plot, save, table
 from timing import compare
 
 import cyclevae as cv
+from recipes import every_term
 
 BENCH = Path(__file__).parents[1] / "examples" / "bench" / "bench.py"
 WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, "prior": 0.1}
@@ -43,7 +44,7 @@ def gradients(loss, model):
 
 def test_the_plain_step_is_the_objective():
     model, batch = network(), pairs()
-    objective = cv.CycleObjective(
+    objective = every_term(
         cv.TextProcess(mask_id=1, vocab_size=50, pad_id=0),
         cv.LatentProcess("continuous_cosine"),
         unconditional_weight=0.0,

@@ -12,7 +12,7 @@ from cyclevae.testing import check_ranks, toy_batch
 from deep import Deep, deep
 from distributed import run_ranks
 from rank_cases import LATENT, PARTS, TEXT, makes, network
-from recipes import RECIPES, recipe
+from recipes import RECIPES, every_term, recipe
 from test_distributed_slow import FINDS_UNUSED, FIRST_STEP, FROZEN, STATIC, fsdp, fsdp2
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
@@ -56,7 +56,7 @@ def ddp_network_worker(rank):
     with pytest.raises(ValueError, match=r"run again .*Parallel\(StepModule\(checkpoint_passes\("):
         cv.checkpoint_passes(denoiser)
     # What is refused is what PyTorch fails at.
-    objective = cv.CycleObjective(TEXT, LATENT)
+    objective = every_term(TEXT, LATENT)
     with pytest.raises(RuntimeError):
         for step in range(2):
             objective(Checkpointed(denoiser), toy_batch(), step=step).loss.backward()

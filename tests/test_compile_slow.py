@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import cyclevae as cv
 from cyclevae._prior import reads_teacher
 from cyclevae.testing import toy_batch, toy_denoiser
-from recipes import FROZEN, RECIPES, recipe
+from recipes import FROZEN, RECIPES, every_term, recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -61,7 +61,7 @@ def test_a_denoiser_of_a_compiled_network_runs_compiled():
 
     denoiser = cv.as_denoiser(torch.compile(DENOISER.module, fullgraph=True, backend=backend))
     assert denoiser.module is DENOISER.module
-    objective = cv.CycleObjective(TEXT, LATENT)
+    objective = every_term(TEXT, LATENT)
     parameters = list(DENOISER.module.parameters())
     actual, expected = (
         result(objective, parameters, d, toy_batch(), step=0) for d in (denoiser, DENOISER)
@@ -101,7 +101,7 @@ SCHEDULES = {
 @pytest.mark.parametrize(("weight", "expected"), SCHEDULES.values(), ids=SCHEDULES)
 def test_moving_weights_recompile_only_where_a_term_switches_on(weight, expected):
     """Step 1 is where dynamo learns that the step moves; step 3 is where the ramp switches on."""
-    objective = cv.CycleObjective(TEXT, LATENT, cycle_text_weight=weight)
+    objective = every_term(TEXT, LATENT, cycle_text_weight=weight)
     module = cv.StepModule(DENOISER, objective)
     (fast, counter), parameters = compiled(module), list(module.parameters())
     recompiled, before = set(), 0

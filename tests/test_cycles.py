@@ -11,6 +11,7 @@ from cyclevae.bridges import TextBridge
 from cyclevae.latent_bridges import LatentBridge, encode_text
 from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
 from oracles import Spy
+from recipes import every_term
 from strategies import quick, seeds
 
 FULL = cv.GradientPolicy(bridge="full")
@@ -497,9 +498,9 @@ def test_epsilon_at_a_capped_time_is_allowed(cycle):
 
 def test_the_objective_refuses_epsilon_at_full_noise():
     with pytest.raises(ValueError, match="max_gain"):
-        cv.CycleObjective(TEXT, EPSILON)
-    cv.CycleObjective(TEXT, EPSILON, bridge_time=0.9, base_latent_time=None)
-    cv.CycleObjective(TEXT, EPSILON, cycle_text_weight=0.0, cycle_latent_weight=0.0)
+        every_term(TEXT, EPSILON)
+    every_term(TEXT, EPSILON, bridge_time=0.9, base_latent_time=None)
+    every_term(TEXT, EPSILON, cycle_text_weight=0.0, cycle_latent_weight=0.0)
 
 
 # --- in a whole step --------------------------------------------------------------------------
@@ -510,7 +511,7 @@ TERMS = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior
 def objective(process=V, **options):
     """An objective of the named weights alone."""
     weights = {f"{term}_weight": 0.0 for term in TERMS}
-    return cv.CycleObjective(TEXT, process, **{**weights, **options})
+    return every_term(TEXT, process, **{**weights, **options})
 
 
 def step(run, spy, batch, seed=0):
@@ -535,7 +536,7 @@ class Dataset:
 @given(seeds)
 def test_hidden_partners_change_nothing(seed):
     """Neither the texts of unpaired latents, nor their lengths, nor latents of unpaired texts."""
-    run = cv.CycleObjective(TEXT, V, prior_weight=1.0)
+    run = every_term(TEXT, V, prior_weight=1.0)
     results, spies, generator = [], [], torch.Generator().manual_seed(seed)
     data = Dataset()
     for _ in range(2):

@@ -24,6 +24,7 @@ from rank_cases import (
     makes,
     network,
 )
+from recipes import every_term
 
 pytestmark = pytest.mark.slow
 TORCH_2_5 = torch.__version__.startswith("2.5.")
@@ -261,7 +262,7 @@ def two_pass_worker(rank):
         for batches in ([*PARTS[0], batch(1, seed=8)], PARTS[1][:1])
     ]
     joined = join_batches([part for batches in parts for part in batches])
-    objective = cv.CycleObjective(TEXT, LATENT, **{**ONLY, "text_weight": 1.0})  # draws nothing
+    objective = every_term(TEXT, LATENT, **{**ONLY, "text_weight": 1.0})  # draws nothing
 
     def made():
         torch.manual_seed(0)
@@ -300,7 +301,7 @@ def replicas_worker(rank, find_unused_parameters):
     if rank == 1:
         batch = cv.Batch(batch.tokens, batch.attention_mask, batch.latents)
     denoiser, text, latent = toy_denoiser(seed=0)
-    objective = cv.CycleObjective(
+    objective = every_term(
         text, latent, cycle_text_weight=cv.ramp(1.0, warmup_steps=2), prior_weight=0.1
     )
     module = cv.StepModule(denoiser, objective)
@@ -336,7 +337,7 @@ def fsdp_worker(rank):
     before = [parameter.clone() for parameter in denoiser.module.parameters()]
     shard(denoiser.module)
     optimizer = torch.optim.AdamW(denoiser.module.parameters())
-    cv.CycleObjective(text, latent)(denoiser, toy_batch(seed=rank), step=0).loss.backward()
+    every_term(text, latent)(denoiser, toy_batch(seed=rank), step=0).loss.backward()
     optimizer.step()
     assert_replicas([p.full_tensor() for p in denoiser.module.parameters()], before)
 

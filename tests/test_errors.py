@@ -15,6 +15,7 @@ from cyclevae.latent_process import LatentProcess
 from cyclevae.options import TERMS
 from cyclevae.testing import toy_batch, toy_denoiser
 from oracles import Spy
+from recipes import every_term
 
 pytestmark = pytest.mark.unhooked
 
@@ -58,7 +59,7 @@ def unconditional(spy, tokens=TOKENS, latents=Z, attention_mask=MASK, **options)
 
 def step(spy, batch, **options):
     generator = options.pop("generator", None)
-    objective = cv.CycleObjective(TEXT, LATENT, **options)
+    objective = every_term(TEXT, LATENT, **options)
     return objective(spy, batch, step=0, generator=generator)
 
 
@@ -523,44 +524,42 @@ def test_options(call, exception, words):
 def test_weights(term, weight):
     expected = rf"`{term}_weight` must be a finite number of at least 0, got {weight!r}"
     with pytest.raises(ValueError, match=expected):
-        cv.CycleObjective(TEXT, LATENT, **{f"{term}_weight": weight})
+        every_term(TEXT, LATENT, **{f"{term}_weight": weight})
 
 
 @cases(
     schedule=(
-        lambda: cv.CycleObjective(TEXT, LATENT, cycle_text_weight=lambda s: -0.5).weights(3),
+        lambda: every_term(TEXT, LATENT, cycle_text_weight=lambda s: -0.5).weights(3),
         ValueError,
         "`cycle_text_weight(3)` must be a finite number of at least 0, got -0.5",
     ),
     prior=(
-        lambda: cv.CycleObjective(TEXT, LATENT, prior="mdm"),
+        lambda: every_term(TEXT, LATENT, prior="mdm"),
         ValueError,
         "`prior` is 'mdm'; did you mean 'mmd'?",
     ),
     text_bridge=(
-        lambda: cv.CycleObjective(TEXT, LATENT, text_bridge="argmx"),
+        lambda: every_term(TEXT, LATENT, text_bridge="argmx"),
         ValueError,
         "`bridge` is 'argmx'; did you mean 'argmax'?",
     ),
     bridge_time=(
-        lambda: cv.CycleObjective(TEXT, LATENT, bridge_time=1.2),
+        lambda: every_term(TEXT, LATENT, bridge_time=1.2),
         ValueError,
         "`bridge_time` must lie in [0, 1], got 1.2",
     ),
     base_latent_time=(
-        lambda: cv.CycleObjective(TEXT, LATENT, base_latent_time=math.nan),
+        lambda: every_term(TEXT, LATENT, base_latent_time=math.nan),
         ValueError,
         "`base_latent_time` must lie in [0, 1], got nan",
     ),
     full_bridge=(
-        lambda: cv.CycleObjective(TEXT, LATENT, latent_policy=cv.GradientPolicy("full")),
+        lambda: every_term(TEXT, LATENT, latent_policy=cv.GradientPolicy("full")),
         ValueError,
         "the 'argmax' bridge is a choice of ids and has no gradient",
     ),
     count=(
-        lambda: cv.CycleObjective(TEXT, LATENT)(
-            DENOISER, toy_batch(), step=0, counts={"text_los": 1.0}
-        ),
+        lambda: every_term(TEXT, LATENT)(DENOISER, toy_batch(), step=0, counts={"text_los": 1.0}),
         ValueError,
         "unknown count 'text_los'; did you mean 'text_loss'?",
     ),
@@ -657,7 +656,7 @@ def test_batches(call, exception, words):
 
 
 def test_latents_of_two_shapes():
-    objective = cv.CycleObjective(TEXT, LatentProcess())
+    objective = every_term(TEXT, LatentProcess())
     batch = WHOLE._replace(unpaired_latents=torch.zeros(2, 3))
     expected = r"latents of one shape, got \[4\] and \[3\]"
     with pytest.raises(ValueError, match=expected):

@@ -27,6 +27,7 @@ from cyclevae.gradient_policy import (
 )
 from cyclevae.options import TERMS
 from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
+from recipes import every_term
 
 VOCAB, WIDTH, LENGTH = 7, 4, 3
 
@@ -652,9 +653,7 @@ def test_losses_refuse_reentrant_checkpointing_in_the_pass_that_they_freeze(
                 **processes,
             )
         weights = {f"{term}_weight": 0.0 for term in TERMS} | {"text_marginal_weight": 1.0}
-        objective = cv.CycleObjective(
-            **processes, **weights, text_bridge="soft", latent_policy=policy
-        )
+        objective = every_term(**processes, **weights, text_bridge="soft", latent_policy=policy)
         return objective(denoiser, batch, step=0).loss
 
     bridge_head = {"text": "latent_head"}.get(direction, "text_head")

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import cyclevae as cv
 from counters import PeakBytes, SavedBytes
 from deep import deep
+from recipes import every_term
 
 WIDTH, ROWS, LENGTH, BLOCKS = 16, 16, 32, 8
 PROCESSES = cv.TextProcess(2, 7, pad_id=0), cv.LatentProcess(shape=(WIDTH,))
@@ -32,7 +33,7 @@ def pairs():
 def memory(wrap, options):
     """Bytes at the peak of a step, and bytes that its forward keeps."""
     denoiser = deep(latent_dim=WIDTH, blocks=BLOCKS)
-    objective = cv.CycleObjective(*PROCESSES, **options)
+    objective = every_term(*PROCESSES, **options)
     with SavedBytes(denoiser.module.parameters()) as saved:
         loss = objective(wrap(denoiser), pairs(), step=0).loss
         kept = saved.live

@@ -7,7 +7,7 @@ import cyclevae as cv
 from counters import HostSyncs
 from cyclevae.testing import toy_batch, toy_denoiser
 from cyclevae.testing._draws import SameDraws
-from recipes import FULL, LATENT, TEXT, only, prior, recipe
+from recipes import FULL, LATENT, TEXT, every_term, only, prior, recipe
 
 PARTS = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 1]], dtype=torch.bool)
 OPTIONS = {
@@ -108,7 +108,7 @@ def test_a_batch_without_anything_gives_zero_with_a_graph(options):
 
 
 def test_counts_are_those_of_the_rows_that_are_there():
-    objective, batch = cv.CycleObjective(TEXT, LATENT), pairs()
+    objective, batch = every_term(TEXT, LATENT), pairs()
     expected = objective.counts(split(batch))
     assert objective.counts(marked(batch)) == expected
     assert expected["latent_loss"] == 8 and expected["cycle_text_loss"] == 9
@@ -144,14 +144,14 @@ def test_a_missing_part_waits_for_no_value():
     with HostSyncs() as syncs:
         for options in OPTIONS.values():
             recipe(options)(cv.as_denoiser(network), batch, step=0).loss.backward()
-        cv.CycleObjective(TEXT, LATENT).counts(batch)
+        every_term(TEXT, LATENT).counts(batch)
     assert syncs.found == []
 
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize("name", ["has_text", "has_latent"])
 def test_errors(name):
-    objective, batch = cv.CycleObjective(TEXT, LATENT), pairs()
+    objective, batch = every_term(TEXT, LATENT), pairs()
     denoiser = toy_denoiser(seed=0)[0]
     with pytest.raises(ValueError, match=rf"`batch.{name}` must be bool \[6\], got float32 \[6\]"):
         objective(denoiser, batch._replace(**{name: torch.ones(6)}), step=0)

@@ -7,9 +7,10 @@ import torch
 
 import cyclevae as cv
 from cyclevae.testing import ToyNetwork, toy_batch
+from recipes import every_term
 
 TEXT, LATENT = cv.TextProcess(2, 7, pad_id=0), cv.LatentProcess(shape=(4,))
-EVERYTHING = cv.CycleObjective(
+EVERYTHING = every_term(
     TEXT,
     LATENT,
     prior_weight=0.1,
@@ -227,5 +228,5 @@ def test_no_rule_waits_for_a_device_but_raise():
     lengths = torch.ones(3, 5, dtype=torch.bool)
     meta = cv.Batch(*(part.to("meta") for part in plain[:6]), lengths.to("meta"))
     for rule in ("skip", "zero", "raise"):
-        output = cv.CycleObjective(text, latent, non_finite=rule)(denoiser, meta, step=0)
+        output = every_term(text, latent, non_finite=rule)(denoiser, meta, step=0)
         output.loss.backward()

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cyclevae as cv
 from cyclevae.testing import toy_batch
 from distributed import gather, run_ranks
+from recipes import every_term
 from test_non_finite import EVERYTHING, OWN, assert_same, batch, gradients, network, seeded, without
 
 pytestmark = pytest.mark.slow
@@ -81,9 +82,7 @@ def test_skip_compiles_and_the_others_say_that_they_do_not():
         ("zero", "does not compile"),
         ("raise", "does not compile: use 'skip'"),
     ):
-        objective = cv.CycleObjective(
-            EVERYTHING.text_process, EVERYTHING.latent_process, non_finite=rule
-        )
+        objective = every_term(EVERYTHING.text_process, EVERYTHING.latent_process, non_finite=rule)
         module = cv.StepModule(cv.as_denoiser(model), objective)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         if expected is None:

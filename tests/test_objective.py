@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import cyclevae as cv
 from cyclevae.testing import ToyNetwork, assert_frozen, assert_learns, toy_batch, toy_denoiser
+from recipes import every_term
 
 PAIRS_ONLY = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0, "unconditional_weight": 0.0}
 
@@ -64,7 +65,7 @@ def seeded(seed=0):
 def test_a_term_of_weight_zero_costs_no_pass(toy, options, passes):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(text, latent, **options)
+    objective = every_term(text, latent, **options)
     objective(recorder, toy_batch(), step=0)
     assert len(recorder.calls) == objective.passes(0) == passes
 
@@ -96,7 +97,7 @@ def test_a_joined_pass_computes_the_same(toy, monkeypatch, options, lengths):
     )
     found = []
     for join in (False, True):
-        objective = cv.CycleObjective(
+        objective = every_term(
             text, latent, **{"unconditional_weight": 0.0, **options}, join_passes=join
         )
         output = objective(denoiser, batch, step=0, generator=seeded())
@@ -107,12 +108,12 @@ def test_a_joined_pass_computes_the_same(toy, monkeypatch, options, lengths):
 
 def test_joined_terms_cannot_be_told_apart(toy):
     with pytest.raises(ValueError, match="use 'skip', or leave the passes apart"):
-        cv.CycleObjective(*toy[1:], join_passes=True, non_finite="zero")
+        every_term(*toy[1:], join_passes=True, non_finite="zero")
 
 
 def test_the_pass_plan_does_not_depend_on_the_batch(toy):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent)
+    objective = every_term(text, latent)
     paired_only = toy_batch()._replace(
         unpaired_tokens=None, unpaired_attention_mask=None, unpaired_latents=None
     )
@@ -125,7 +126,7 @@ def test_the_pass_plan_does_not_depend_on_the_batch(toy):
 def test_the_base_losses_are_those_of_a_plain_trainer(toy):
     denoiser, text, latent = toy
     batch = toy_batch()
-    objective = cv.CycleObjective(text, latent, **PAIRS_ONLY)
+    objective = every_term(text, latent, **PAIRS_ONLY)
     metrics = objective(denoiser, batch, step=0, generator=seeded()).metrics
 
     ones, zeros = torch.ones(3), torch.zeros(3)
@@ -150,7 +151,7 @@ def test_the_base_losses_are_those_of_a_plain_trainer(toy):
 def test_the_shared_passes_give_the_losses_of_the_functions(toy):
     denoiser, text, latent = toy
     batch = toy_batch()
-    objective = cv.CycleObjective(text, latent, unconditional_weight=0.0)
+    objective = every_term(text, latent, unconditional_weight=0.0)
     recorder = Recorder(denoiser)
     out = objective(recorder, batch, step=0, generator=seeded())
     (_, _, first), (y_hat, noise_2, _), (tokens, noise_1, state), (_, z_hat, _) = recorder.calls
@@ -174,7 +175,7 @@ def test_weights_scale_terms_and_gradients(toy):
     denoiser, text, latent = toy
     gradients = []
     for weight in (1.0, 3.0):
-        objective = cv.CycleObjective(
+        objective = every_term(
             text, latent, **PAIRS_ONLY | {"latent_weight": 0.0, "text_weight": weight}
         )
         loss = objective(denoiser, toy_batch(), step=0).loss
@@ -184,7 +185,7 @@ def test_weights_scale_terms_and_gradients(toy):
 
 def test_a_ramp_switches_a_term_on_and_reports_its_weight(toy):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, cycle_text_weight=cv.ramp(2.0, 10, 9))
+    objective = every_term(text, latent, cycle_text_weight=cv.ramp(2.0, 10, 9))
     before = objective(denoiser, toy_batch(), step=9).metrics
     assert "cycle_text_loss" not in before and "cycle_text_weight" not in before
     after = objective(denoiser, toy_batch(), step=14).metrics
@@ -193,13 +194,13 @@ def test_a_ramp_switches_a_term_on_and_reports_its_weight(toy):
 
 def test_metrics_are_detached_scalars_and_absent_terms_are_absent(toy):
     denoiser, text, latent = toy
-    metrics = cv.CycleObjective(text, latent)(denoiser, toy_batch(), step=0).metrics
+    metrics = every_term(text, latent)(denoiser, toy_batch(), step=0).metrics
     for name, value in metrics.items():
         assert isinstance(value, torch.Tensor) and value.ndim == 0 and not value.requires_grad, name
     assert {"text_loss", "latent_loss", "text_accuracy", "latent_pred_norm"} <= metrics.keys()
     latents = torch.cat([toy_batch().latents, toy_batch().unpaired_latents])
     torch.testing.assert_close(metrics["latent_norm"], latents.norm(dim=1).mean())
-    only = cv.CycleObjective(text, latent, **PAIRS_ONLY)(denoiser, toy_batch(), step=0).metrics
+    only = every_term(text, latent, **PAIRS_ONLY)(denoiser, toy_batch(), step=0).metrics
     assert set(only) == {"loss", "text_loss", "latent_loss", "text_accuracy"}
 
 
@@ -208,7 +209,7 @@ def test_metrics_are_detached_scalars_and_absent_terms_are_absent(toy):
 )
 def test_a_seed_repeats_a_step_and_leaves_the_global_state_alone(toy, options):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, prior_weight=1.0, **options)
+    objective = every_term(text, latent, prior_weight=1.0, **options)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     losses = [objective(denoiser, toy_batch(), step=0, generator=seeded(s)).loss for s in (7, 7, 8)]
@@ -220,7 +221,7 @@ def test_counts_make_the_gradient_independent_of_accumulation(toy):
     """Two halves with the counts of the whole give the gradient of the whole."""
     denoiser, text, latent = toy
     # the text term alone: the others draw noise, which a split batch draws differently
-    objective = cv.CycleObjective(text, latent, **PAIRS_ONLY | {"latent_weight": 0.0})
+    objective = every_term(text, latent, **PAIRS_ONLY | {"latent_weight": 0.0})
     network, whole = denoiser.module.double(), toy_batch(rows=5)
     whole = cv.Batch(whole.tokens, whole.attention_mask, whole.latents.double())
     halves = [cv.Batch(*(part[rows] for part in whole[:3])) for rows in (slice(3), slice(3, 5))]
@@ -241,7 +242,7 @@ def test_counts_make_the_gradient_independent_of_accumulation(toy):
 def test_pseudo_text_lengths_are_those_of_the_batchs_own_texts(toy):
     denoiser, text, latent = toy
     recorder, batch = Recorder(denoiser), toy_batch()
-    cv.CycleObjective(text, latent)(recorder, batch, step=0, generator=seeded())
+    every_term(text, latent)(recorder, batch, step=0, generator=seeded())
     drawn = recorder.calls[0][2]["attention_mask"][3:]
     own = torch.cat([batch.attention_mask, batch.unpaired_attention_mask])
     assert all(any(torch.equal(row, its) for its in own) for row in drawn)
@@ -253,7 +254,7 @@ def test_pseudo_texts_may_end_at_a_predicted_token(toy):
     with torch.no_grad():
         denoiser.module.text_head.bias[6] = 2.0  # likely, not certain
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(text, latent, text_bridge="categorical")
+    objective = every_term(text, latent, text_bridge="categorical")
     objective(recorder, toy_batch(rows=16), step=0, generator=seeded())
     y_hat, _, state = recorder.calls[1]
     ends = y_hat == 6
@@ -268,7 +269,7 @@ def test_given_pseudo_text_masks_are_used(toy):
     recorder = Recorder(denoiser)
     mask = torch.arange(8) < torch.tensor([[8], [7], [6]])
     batch = toy_batch()._replace(pseudo_text_mask=mask)
-    out = cv.CycleObjective(text, latent)(recorder, batch, step=0)
+    out = every_term(text, latent)(recorder, batch, step=0)
     assert torch.equal(recorder.calls[0][2]["attention_mask"][3:], mask)
     assert math.isfinite(out.loss.item())
 
@@ -276,7 +277,7 @@ def test_given_pseudo_text_masks_are_used(toy):
 def test_unconditional_rows_without_a_partner_know_nothing_of_it(toy):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(
+    objective = every_term(
         text, latent, **PAIRS_ONLY | {"unconditional_weight": 1.0, "text_weight": 0.0,
         "latent_weight": 0.0},
     )  # fmt: skip
@@ -323,9 +324,7 @@ def test_who_learns_from_which_term(term, policy, learns, frozen):
     _, text, latent = toy_denoiser()
     terms = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
     weights = {f"{t}_weight": 0.0 for t in terms}
-    objective = cv.CycleObjective(
-        text, latent, **weights | {f"{term}_weight": 1.0}, text_policy=policy
-    )
+    objective = every_term(text, latent, **weights | {f"{term}_weight": 1.0}, text_policy=policy)
     loss = objective(denoiser, toy_batch(), step=0).loss
     used = [
         (name, p)
@@ -342,9 +341,9 @@ def test_an_epsilon_bridge_needs_a_capped_time_and_then_a_base_pass_of_its_own(t
     denoiser, text, _ = toy
     epsilon = cv.LatentProcess(prediction="epsilon", shape=(4,))
     with pytest.raises(ValueError, match=r"(?s)gain of 6\.41.*predict `v`.*capped time.*DDIM"):
-        cv.CycleObjective(text, epsilon)
-    cv.CycleObjective(text, epsilon, **PAIRS_ONLY)(denoiser, toy_batch(), step=0)
-    capped = cv.CycleObjective(text, epsilon, bridge_time=0.9, base_latent_time=None)
+        every_term(text, epsilon)
+    every_term(text, epsilon, **PAIRS_ONLY)(denoiser, toy_batch(), step=0)
+    capped = every_term(text, epsilon, bridge_time=0.9, base_latent_time=None)
     recorder = Recorder(denoiser)
     capped(recorder, toy_batch(), step=0)
     times = [state["latent_time"] for *_, state in recorder.calls if not state["text_time"].any()]
@@ -355,7 +354,7 @@ def test_a_frozen_pattern_is_resolved_before_its_term_switches_on(toy):
     denoiser, text, latent = toy
     recorder, generator = Recorder(denoiser), seeded()
     state = generator.get_state()
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         latent,
         cycle_text_weight=cv.ramp(2.0, 100),
@@ -374,7 +373,7 @@ def test_the_announced_passes_are_those_that_run(toy, freeze_bridge, base_latent
     terms = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")
     for chosen in range(1, 2 ** len(terms)):
         weights = {f"{t}_weight": float(chosen >> i & 1) for i, t in enumerate(terms)}
-        objective = cv.CycleObjective(
+        objective = every_term(
             text, latent, **weights, text_policy=policy, base_latent_time=base_latent_time
         )
         recorder = Recorder(denoiser)
@@ -397,7 +396,7 @@ def test_an_incomplete_batch_is_refused_before_any_pass(toy, part, message):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
     with pytest.raises(ValueError, match=message):
-        cv.CycleObjective(text, latent)(recorder, toy_batch()._replace(**part), step=0)
+        every_term(text, latent)(recorder, toy_batch()._replace(**part), step=0)
     assert not recorder.calls
 
 
@@ -405,18 +404,18 @@ def test_an_incomplete_batch_is_refused_before_any_pass(toy, part, message):
 def test_options_are_refused_by_name(toy):
     _, text, latent = toy
     with pytest.raises(ValueError, match=r"`prior` is 'mdd'; did you mean 'mmd'\?"):
-        cv.CycleObjective(text, latent, prior="mdd")
+        every_term(text, latent, prior="mdd")
     with pytest.raises(ValueError, match="has no gradient"):
-        cv.CycleObjective(text, latent, latent_policy=cv.GradientPolicy("full"))
+        every_term(text, latent, latent_policy=cv.GradientPolicy("full"))
     with pytest.raises(ValueError, match="`bridge_time` must lie in"):
-        cv.CycleObjective(text, latent, bridge_time=1.5)
+        every_term(text, latent, bridge_time=1.5)
 
 
 def test_unknown_counts_and_an_empty_plan_are_refused(toy):
     denoiser, text, latent = toy
     with pytest.raises(ValueError, match=r"unknown count 'text'; did you mean 'text_loss'\?"):
-        cv.CycleObjective(text, latent)(denoiser, toy_batch(), step=0, counts={"text": 1})
-    idle = cv.CycleObjective(text, latent, **PAIRS_ONLY | {"text_weight": 0, "latent_weight": 0})
+        every_term(text, latent)(denoiser, toy_batch(), step=0, counts={"text": 1})
+    idle = every_term(text, latent, **PAIRS_ONLY | {"text_weight": 0, "latent_weight": 0})
     with pytest.raises(ValueError, match="nothing to train on"):
         idle(denoiser, toy_batch(), step=0)
 
@@ -426,7 +425,7 @@ def test_the_text_cycle_falls_over_50_steps():
     torch.manual_seed(0)
     _, text, latent = toy_denoiser()
     from_examples = cv.as_denoiser(TinyTransformer(7, 4))
-    objective = cv.CycleObjective(text, latent)
+    objective = every_term(text, latent)
     optimizer = torch.optim.AdamW(from_examples.module.parameters(), 1e-2)
     generator, curve = seeded(), []
     for step in range(50):
@@ -464,17 +463,17 @@ class TinyTransformer(nn.Module):
 
 def test_step_module_registers_the_network_and_runs_a_step(toy):
     denoiser, text, latent = toy
-    module = cv.StepModule(denoiser, cv.CycleObjective(text, latent))
+    module = cv.StepModule(denoiser, every_term(text, latent))
     assert len(list(module.parameters())) == len(list(denoiser.module.parameters()))
     module(toy_batch(), step=0).loss.backward()
     assert all(p.grad is not None for p in module.parameters())
     with pytest.raises(TypeError, match="make it by as_denoiser"):
-        cv.StepModule(Recorder(denoiser), cv.CycleObjective(text, latent))
+        cv.StepModule(Recorder(denoiser), every_term(text, latent))
 
 
 def test_a_configuration_survives_json(toy):
     _, text, _ = toy
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         cv.LatentProcess("linear", "x0", shape=(4,)),
         cycle_text_weight=cv.ramp(1.0, 10, 20),
@@ -501,7 +500,7 @@ def test_a_configuration_survives_json(toy):
 )
 def test_a_configuration_with_a_typo_is_refused(toy, key, value, message):
     _, text, latent = toy
-    config = cv.CycleObjective(text, latent).to_config()
+    config = every_term(text, latent).to_config()
     with pytest.raises(ValueError, match=message):
         cv.CycleObjective.from_config(config | {key: value})
 
@@ -509,7 +508,7 @@ def test_a_configuration_with_a_typo_is_refused(toy, key, value, message):
 def test_a_function_of_ones_own_has_no_configuration(toy):
     _, text, latent = toy
     with pytest.raises(ValueError, match=r"`prior_weight` is .*a plain configuration cannot hold"):
-        cv.CycleObjective(text, latent, prior_weight=lambda step: 1.0).to_config()
+        every_term(text, latent, prior_weight=lambda step: 1.0).to_config()
 
 
 def test_a_number_is_refused_where_tensors_are_not_read(toy):
@@ -545,7 +544,7 @@ def test_empty_unpaired_parts_count_nothing(toy):
         unpaired_attention_mask=batch.unpaired_attention_mask[:0],
         unpaired_latents=batch.unpaired_latents[:0],
     )
-    objective = cv.CycleObjective(text, latent)
+    objective = every_term(text, latent)
     none = cv.Batch(*batch[:3])
     losses = [objective(denoiser, b, step=0, generator=seeded()).loss for b in (empty, none)]
     assert losses[0] == losses[1]
@@ -553,8 +552,8 @@ def test_empty_unpaired_parts_count_nothing(toy):
 
 def test_a_loss_above_its_cap_counts_as_the_cap_and_has_no_gradient():
     denoiser, text, latent = toy_denoiser(seed=0)
-    free = cv.CycleObjective(text, latent)
-    capped = cv.CycleObjective(text, latent, caps={"text": 0.5, "latent": 1e3})
+    free = every_term(text, latent)
+    capped = every_term(text, latent, caps={"text": 0.5, "latent": 1e3})
     values, gradients = [], []
     for objective in (free, capped):
         generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ import torch
 import cyclevae as cv
 from cyclevae.testing import toy_batch, toy_denoiser
 from oracles import Spy
+from recipes import every_term
 
 pytestmark = pytest.mark.unhooked
 
@@ -106,7 +107,7 @@ def learned(**options):
     ),
 )
 def test_new_options(options, words):
-    refused(lambda: cv.CycleObjective(TEXT, LATENT, **options), words)
+    refused(lambda: every_term(TEXT, LATENT, **options), words)
 
 
 @cases(
@@ -137,14 +138,14 @@ def test_new_options(options, words):
     ),
 )
 def test_steps(options, words):
-    objective = cv.CycleObjective(TEXT, LATENT, **options)
+    objective = every_term(TEXT, LATENT, **options)
     refused(lambda: objective(DENOISER, SIX, step=1), words)
 
 
 def test_statistics_of_one_row():
     one = toy_batch(seed=0, rows=1)._replace(unpaired_tokens=None, unpaired_attention_mask=None)
     for term, words in (("prior", "give at least 2 texts"), ("contrastive", "give at least 2")):
-        objective = cv.CycleObjective(TEXT, LATENT, **{f"{term}_weight": 1.0})
+        objective = every_term(TEXT, LATENT, **{f"{term}_weight": 1.0})
         refused(lambda o=objective: o(DENOISER, one, step=0), words)
     refused(
         lambda: cv.moment_prior(torch.zeros(1, 2), form="covariance"),
@@ -153,7 +154,7 @@ def test_statistics_of_one_row():
 
 
 def test_a_teacher_that_learns():
-    objective = cv.CycleObjective(TEXT, LATENT, **learned())
+    objective = every_term(TEXT, LATENT, **learned())
     refused(
         lambda: objective(DENOISER, SIX, step=0, teacher=DENOISER),
         ("`teacher` must be frozen, and its parameter", "use Teacher(network).denoiser"),
@@ -186,12 +187,12 @@ def test_unpaired_texts_below_full_noise():
 )
 def test_phases(options, words):
     three = {"latent_cycle_from": 1, "full_gradient_from": 2, **options}
-    objective = cv.CycleObjective(TEXT, LATENT)
+    objective = every_term(TEXT, LATENT)
     refused(lambda: cv.phases(objective, **three), words)
 
 
 def test_phases_of_an_open_bridge():
-    objective = cv.CycleObjective(TEXT, LATENT, text_policy=cv.GradientPolicy("full"))
+    objective = every_term(TEXT, LATENT, text_policy=cv.GradientPolicy("full"))
     refused(
         lambda: cv.phases(objective, latent_cycle_from=1, full_gradient_from=2),
         "`objective.text_policy.bridge` must be 'detach', got 'full'",

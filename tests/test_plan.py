@@ -19,6 +19,7 @@ from cyclevae.testing import (
     toy_batch,
     toy_denoiser,
 )
+from recipes import every_term
 
 FULL = cv.GradientPolicy("full")
 NONE = {f"{term}_weight": 0.0 for term in TERMS}
@@ -93,7 +94,7 @@ def test_the_announced_passes_are_those_that_run(toy, prior, options):
     for terms in SOME_TERMS:
         if "text_marginal" in terms and "text_bridge" not in options:
             continue
-        objective = cv.CycleObjective(text, latent, **only(*terms, prior=prior, **options))
+        objective = every_term(text, latent, **only(*terms, prior=prior, **options))
         model, judge = Recorder(denoiser), Recorder(teacher)
         metrics = run(objective, model, teacher=judge).metrics
         assert len(model.calls) + len(judge.calls) == objective.passes(0), terms
@@ -114,7 +115,7 @@ def test_the_announced_passes_are_those_that_run(toy, prior, options):
 def test_text_bridges_and_their_passes(toy, bridge, passes):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(text, latent, **only("cycle_latent", text_bridge=bridge))
+    objective = every_term(text, latent, **only("cycle_latent", text_bridge=bridge))
     run(objective, recorder)
     assert len(recorder.calls) == objective.passes(0) == passes
 
@@ -134,7 +135,7 @@ def test_bridges_with_a_gradient_teach_both_towers(bridge, passes):
     denoiser, (_, text, latent) = two_towers(), toy_denoiser()
     recorder = Recorder(denoiser)
     options = only("cycle_latent", text_bridge=bridge, latent_policy=FULL)
-    objective = cv.CycleObjective(text, latent, **options)
+    objective = every_term(text, latent, **options)
     loss = run(objective, recorder).loss
     assert len(recorder.calls) == objective.passes(0) == passes
     assert_learns(loss, tower(denoiser, "encoder") + tower(denoiser, "decoder"))
@@ -143,17 +144,17 @@ def test_bridges_with_a_gradient_teach_both_towers(bridge, passes):
 def test_p_dual_is_the_share_of_steps_with_both_cycles(toy):
     _, text, latent = toy
     for p_dual, seed in product((0.0, 0.1, 0.5, 0.75, 1.0), (0, 1, 7)):
-        objective = cv.CycleObjective(text, latent, p_dual=p_dual, seed=seed)
+        objective = every_term(text, latent, p_dual=p_dual, seed=seed)
         ran = [objective.weights(step).keys() & set(CYCLES) for step in range(400)]
         assert abs(sum(len(cycles) == 2 for cycles in ran) - p_dual * 400) <= 1
         singles = [cycle for cycles in ran if len(cycles) == 1 for cycle in cycles]
         assert all(a != b for a, b in pairwise(singles))  # in turn
         assert all(cycles for cycles in ran)
-        again = cv.CycleObjective(text, latent, p_dual=p_dual, seed=seed)
+        again = every_term(text, latent, p_dual=p_dual, seed=seed)
         assert ran == [again.weights(step).keys() & set(CYCLES) for step in range(400)]
     plans = {
         tuple(
-            "cycle_text" in cv.CycleObjective(text, latent, p_dual=0.5, seed=seed).weights(step)
+            "cycle_text" in every_term(text, latent, p_dual=0.5, seed=seed).weights(step)
             for step in range(16)
         )
         for seed in range(8)
@@ -163,7 +164,7 @@ def test_p_dual_is_the_share_of_steps_with_both_cycles(toy):
 
 def test_the_text_marginal_and_the_sleep_term_go_with_the_latent_cycle(toy):
     _, text, latent = toy
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         latent,
         p_dual=0.0,
@@ -179,7 +180,7 @@ def test_the_text_marginal_and_the_sleep_term_go_with_the_latent_cycle(toy):
 
 def test_cycles_on_every_third_step_and_there_in_turn(toy):
     _, text, latent = toy
-    objective = cv.CycleObjective(text, latent, cycle_every=3, p_dual=0.0)
+    objective = every_term(text, latent, cycle_every=3, p_dual=0.0)
     ran = [sorted(objective.weights(step).keys() & set(CYCLES)) for step in range(8)]
     assert ran == [["cycle_text"], [], [], ["cycle_latent"], [], [], ["cycle_text"], []]
     assert [objective.passes(step) for step in range(4)] == [4, 3, 3, 4]
@@ -194,7 +195,7 @@ def test_cycles_on_a_fraction_of_the_batch(toy, prior_weight, base_latent_time):
         "prior_weight": prior_weight,
         "base_latent_time": base_latent_time,
     }
-    part = cv.CycleObjective(text, latent, cycle_fraction=0.5, **options)
+    part = every_term(text, latent, cycle_fraction=0.5, **options)
     batch = toy_batch(rows=5)
     recorder = Recorder(denoiser)
     metrics = run(part, recorder, batch).metrics
@@ -225,14 +226,14 @@ def test_cycles_on_a_fraction_of_the_batch(toy, prior_weight, base_latent_time):
 
 def test_a_small_fraction_is_rounded_up_but_not_by_a_rounding_error(toy):
     _, text, latent = toy
-    objective = cv.CycleObjective(text, latent, cycle_fraction=0.7)
+    objective = every_term(text, latent, cycle_fraction=0.7)
     assert objective.cycled(10, 20, marked=False) == (7, 7)
     assert replace(objective, cycle_fraction=0.01).cycled(3, 3, marked=False) == (1, 0)
 
 
 def test_cycles_that_leave_pairs_out_read_the_other_rows_alone(toy):
     denoiser, text, latent = toy
-    whole = cv.CycleObjective(text, latent, unconditional_weight=0.0)
+    whole = every_term(text, latent, unconditional_weight=0.0)
     batch, recorder = toy_batch(rows=5), Recorder(denoiser)
     alone = replace(whole, cycle_pairs=False)
     metrics = run(alone, recorder, batch).metrics
@@ -259,7 +260,7 @@ def test_cycles_that_leave_pairs_out_read_the_other_rows_alone(toy):
 )
 def test_cycles_that_leave_pairs_out_need_something_else(toy, missing, term):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, unconditional_weight=0.0, cycle_pairs=False)
+    objective = every_term(text, latent, unconditional_weight=0.0, cycle_pairs=False)
     batch = toy_batch()
     gone = {missing: None} | (
         {"unpaired_attention_mask": None} if term == "texts" else {"pseudo_text_mask": None}
@@ -284,7 +285,7 @@ def test_cycles_that_leave_pairs_out_need_something_else(toy, missing, term):
 def test_a_prior_is_the_function_on_the_encoders_latents(toy, prior, options, function):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(
+    objective = every_term(
         text, latent, **only("cycle_text", "prior", prior=prior, prior_options=options)
     )
     metrics = run(objective, recorder).metrics
@@ -296,7 +297,7 @@ def test_a_prior_is_the_function_on_the_encoders_latents(toy, prior, options, fu
 
 def test_sigreg_reads_the_generator_of_the_step(toy):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, **only("prior", prior="sigreg"))
+    objective = every_term(text, latent, **only("prior", prior="sigreg"))
     values = [
         objective(denoiser, toy_batch(), step=0, generator=seeded(s)).metrics["prior_loss"]
         for s in (0, 0, 1)
@@ -307,7 +308,7 @@ def test_sigreg_reads_the_generator_of_the_step(toy):
 @pytest.mark.parametrize("prior", ["learned", "ddvi"])
 def test_learned_priors_count_rows(toy, prior):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, **only("prior", prior=prior))
+    objective = every_term(text, latent, **only("prior", prior=prior))
     batch, teacher = toy_batch(rows=4), teacher_of(denoiser)
     own = run(objective, denoiser, batch, teacher=teacher).metrics["prior_loss"]
     counts = objective.counts(batch)
@@ -320,7 +321,7 @@ def test_learned_priors_count_rows(toy, prior):
 def test_the_length_that_the_teacher_sees_tells_nothing(toy):
     denoiser, text, latent = toy
     judge = Recorder(teacher_of(denoiser))
-    objective = cv.CycleObjective(text, latent, **only("prior", prior="learned"))
+    objective = every_term(text, latent, **only("prior", prior="learned"))
     batch = toy_batch(rows=8)
     run(objective, denoiser, batch, teacher=judge)
     ((tokens, _, state),) = judge.calls
@@ -334,7 +335,7 @@ def test_contrast_is_infonce_of_the_pairs(toy):
     denoiser, text, latent = toy
     recorder, batch = Recorder(denoiser), toy_batch(rows=4)
     options = {"temperature": 0.3, "critic": "euclidean"}
-    objective = cv.CycleObjective(
+    objective = every_term(
         text, latent, **only("cycle_text", "contrastive", contrastive_options=options)
     )
     metrics = run(objective, recorder, batch).metrics
@@ -350,7 +351,7 @@ def test_contrast_is_infonce_of_the_pairs(toy):
 def test_the_sleep_term_is_its_function_on_the_dreamt_texts(toy):
     denoiser, text, latent = toy
     recorder = Recorder(denoiser)
-    objective = cv.CycleObjective(text, latent, **only("sleep"))
+    objective = every_term(text, latent, **only("sleep"))
     metrics = run(objective, recorder).metrics
     (_, latents, _), (dream, z_t, state) = recorder.calls
     assert not (dream == text.mask_id).any() and len(z_t) == 8
@@ -418,7 +419,7 @@ def tower(denoiser, name):
 )
 def test_who_learns_from_which_term(term, options, learns, frozen):
     denoiser, (_, text, latent) = two_towers(), toy_denoiser()
-    objective = cv.CycleObjective(text, latent, **only(term, **options))
+    objective = every_term(text, latent, **only(term, **options))
     loss = run(objective, denoiser, teacher=teacher_of(denoiser)).loss
     assert_learns(loss, tower(denoiser, learns))
     assert_frozen(loss, tower(denoiser, frozen))
@@ -431,11 +432,11 @@ def test_a_prior_trains_what_the_cycle_freezes(toy):
     weight = denoiser.module.latent_head.weight
     gradients = []
     for terms in (("cycle_text", "prior"), ("prior",)):
-        objective = cv.CycleObjective(text, latent, **only(*terms, text_policy=policy))
+        objective = every_term(text, latent, **only(*terms, text_policy=policy))
         loss = run(objective, denoiser).loss
         gradients.append(torch.autograd.grad(loss, weight)[0])
     torch.testing.assert_close(gradients[0], gradients[1])
-    alone = cv.CycleObjective(text, latent, **only("cycle_text", text_policy=policy))
+    alone = every_term(text, latent, **only("cycle_text", text_policy=policy))
     assert_frozen(run(alone, denoiser).loss, [("latent_head.weight", weight)])
 
 
@@ -446,7 +447,7 @@ def test_the_base_decoder_loss_trains_what_the_latent_cycle_freezes(toy):
     weight = denoiser.module.text_head.weight
     gradients = []
     for terms in (("cycle_latent", "text"), ("text",)):
-        objective = cv.CycleObjective(text, latent, **only(*terms, **options))
+        objective = every_term(text, latent, **only(*terms, **options))
         gradients.append(torch.autograd.grad(run(objective, denoiser).loss, weight)[0])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -457,7 +458,7 @@ def test_the_base_decoder_loss_trains_what_the_latent_cycle_freezes(toy):
 def test_time_policies_move_with_the_step(toy):
     denoiser, text, latent = toy
     cap = cv.TimePolicy("uniform", high=cv.anneal(0.2, 0.9, steps=10))
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         latent,
         bridge_time=cv.TimePolicy("full", high=cv.anneal(0.5, 1.0, steps=10)),
@@ -479,7 +480,7 @@ def test_time_policies_move_with_the_step(toy):
 def test_a_moving_bridge_is_refused_where_it_becomes_ill_conditioned(toy):
     denoiser, text, _ = toy
     epsilon = cv.LatentProcess(prediction="epsilon", shape=(4,))
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         epsilon,
         base_latent_time=None,
@@ -505,7 +506,7 @@ def test_a_moving_bridge_is_refused_where_it_becomes_ill_conditioned(toy):
 def test_the_base_latent_loss_takes_every_form(toy, options, base_latent_time):
     denoiser, text, latent = toy
     recorder, batch = Recorder(denoiser), toy_batch(rows=4)
-    objective = cv.CycleObjective(
+    objective = every_term(
         text, latent, **only("latent", base_latent_time=base_latent_time, **options)
     )
     value = run(objective, recorder, batch).metrics["latent_loss"]
@@ -533,9 +534,7 @@ def test_the_latent_cycle_takes_a_distance(toy):
     denoiser, text, latent = toy
     values = []
     for distance in ("cosine", "normalized_mse"):
-        objective = cv.CycleObjective(
-            text, latent, **only("cycle_latent", cycle_latent_distance=distance)
-        )
+        objective = every_term(text, latent, **only("cycle_latent", cycle_latent_distance=distance))
         values.append(run(objective, denoiser).metrics["cycle_latent_loss"])
     torch.testing.assert_close(values[0] * 2 / 4, values[1])
     assert objective.counts(toy_batch(rows=4))["cycle_latent_loss"] == 8 * 4
@@ -547,7 +546,7 @@ def absolute(prediction, target):
 
 def test_a_distance_of_ones_own(toy):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         latent,
         **only(
@@ -558,7 +557,7 @@ def test_a_distance_of_ones_own(toy):
         ),
     )
     metrics = run(objective, denoiser).metrics
-    mine = cv.CycleObjective(
+    mine = every_term(
         text,
         latent,
         **only(
@@ -586,7 +585,7 @@ def test_the_fully_masked_state_is_trained_where_a_prior_reads_it(toy):
 
     def fully_masked(**options):
         recorder = Recorder(denoiser)
-        objective = cv.CycleObjective(text, latent, **only("unconditional", **options))
+        objective = every_term(text, latent, **only("unconditional", **options))
         run(objective, recorder, batch)
         tokens, _, state = recorder.calls[-1]
         pairs = slice(20)
@@ -600,7 +599,7 @@ def test_the_fully_masked_state_is_trained_where_a_prior_reads_it(toy):
     assert count == 5
     kept = batch.unpaired_attention_mask.sum() + 0.75 * batch.attention_mask.sum()
     torch.testing.assert_close(objective.counts(batch)["unconditional_text_loss"], kept)
-    default = cv.CycleObjective(text, latent)
+    default = every_term(text, latent)
     assert default.null_rate == 0
     assert replace(default, prior="learned").null_rate == 0
     assert replace(default, prior="learned", prior_weight=0.1).null_rate == 0.1
@@ -612,7 +611,7 @@ def test_the_guards_of_the_latent_bridge_act_in_the_step(toy, guard):
     denoiser, text, latent = toy
     plain, guarded = Recorder(denoiser), Recorder(denoiser)
     for recorder, bridge in ((plain, cv.LatentBridge()), (guarded, cv.LatentBridge(**guard))):
-        run(cv.CycleObjective(text, latent, **only("cycle_text", latent_bridge=bridge)), recorder)
+        run(every_term(text, latent, **only("cycle_text", latent_bridge=bridge)), recorder)
     z_hat, crossing = plain.calls[1][1], guarded.calls[1][1]
     assert not torch.equal(z_hat, crossing)
     if "norm" in guard:
@@ -634,7 +633,7 @@ def test_the_guards_of_the_latent_bridge_act_in_the_step(toy, guard):
 def test_counts_are_the_denominators(toy, options):
     """Twice the count is half the loss, and the own count is the loss."""
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(text, latent, **NONE | options)
+    objective = every_term(text, latent, **NONE | options)
     batch = toy_batch(rows=4)
     losses = []
     for factor in (None, 1, 2):
@@ -650,7 +649,7 @@ def test_counts_are_the_denominators(toy, options):
 
 def everything():
     _, text, latent = toy_denoiser()
-    return cv.CycleObjective(
+    return every_term(
         text,
         latent,
         prior="moment",
@@ -718,7 +717,7 @@ def test_a_function_of_ones_own_is_named_where_it_stands(toy):
         ({"bridge_time": cv.TimePolicy(high=lambda step: 1.0)}, "`high` is"),
     ):
         with pytest.raises(ValueError, match=name):
-            cv.CycleObjective(text, latent, **options).to_config()
+            every_term(text, latent, **options).to_config()
 
 
 # Phases
@@ -726,9 +725,7 @@ def test_a_function_of_ones_own_is_named_where_it_stands(toy):
 
 def three(toy, **options):
     _, text, latent = toy
-    return cv.phases(
-        cv.CycleObjective(text, latent), latent_cycle_from=2, full_gradient_from=4, **options
-    )
+    return cv.phases(every_term(text, latent), latent_cycle_from=2, full_gradient_from=4, **options)
 
 
 def test_phases_open_one_cycle_after_the_other_and_then_the_bridges(toy):
@@ -744,12 +741,19 @@ def test_phases_open_one_cycle_after_the_other_and_then_the_bridges(toy):
     assert objective.counts(toy_batch()).keys() == objective.objective.counts(toy_batch()).keys()
 
 
+def test_a_phase_for_a_cycle_that_weighs_nothing_is_refused(toy):
+    objective = every_term(*toy[1:], cycle_latent_weight=0.0)
+    with pytest.raises(ValueError, match="cycle_latent_weight` is 0: give it a weight"):
+        cv.phases(objective, latent_cycle_from=2, full_gradient_from=4)
+    assert cv.phases(objective, latent_cycle_from=4, full_gradient_from=4).passes(5) == 4
+
+
 @pytest.mark.parametrize(("step", "both"), [(0, False), (3, False), (4, True)])
 def test_who_learns_in_which_phase(step, both):
     denoiser, (_, text, latent) = two_towers(), toy_denoiser()
     objective = cv.phases(
-        cv.CycleObjective(text, latent, **only("cycle_text")),
-        latent_cycle_from=2,
+        every_term(text, latent, **only("cycle_text")),
+        latent_cycle_from=4,
         full_gradient_from=4,
     )
     loss = objective(denoiser, toy_batch(), step=step).loss
@@ -778,7 +782,7 @@ def test_a_step_module_keeps_its_teacher(toy):
     denoiser, text, latent = toy
     check_denoiser(denoiser, text, latent)
     teacher = cv.Teacher(denoiser.module, decay=0.5)
-    objective = cv.CycleObjective(text, latent, **only("prior", prior="learned"))
+    objective = every_term(text, latent, **only("prior", prior="learned"))
     module = cv.StepModule(denoiser, objective, teacher)
     module(toy_batch(), 0).loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -792,7 +796,7 @@ def test_a_step_module_keeps_its_teacher(toy):
 
 def test_every_term_at_once_learns_and_is_reported(toy):
     denoiser, text, latent = toy
-    objective = cv.CycleObjective(
+    objective = every_term(
         text,
         latent,
         **{f"{term}_weight": 0.5 for term in TERMS},

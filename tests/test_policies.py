@@ -13,6 +13,7 @@ import cyclevae as cv
 from cyclevae.bridges import TextBridge
 from cyclevae.policies import TEXT_POLICIES
 from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch, toy_denoiser
+from recipes import every_term
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 FULL = cv.GradientPolicy("full")
@@ -133,14 +134,14 @@ def test_the_dry_run_finds_roles_that_are_not_true(roles, message):
 @pytest.mark.parametrize("make", [lambda: DENOISER, lambda: cv.as_denoiser(Towers())])
 def test_isolated_teaches_nothing_but_the_named_side(make):
     denoiser = make()
-    text = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy="decoder_isolated")
-    latent = cv.CycleObjective(TEXT, LATENT, **LATENT_CYCLE, latent_policy="encoder_isolated")
+    text = every_term(TEXT, LATENT, **TEXT_CYCLE, text_policy="decoder_isolated")
+    latent = every_term(TEXT, LATENT, **LATENT_CYCLE, latent_policy="encoder_isolated")
     assert learners(denoiser, text) == {"decoder_only"}
     assert learners(denoiser, latent) == {"encoder_only"}
 
 
 def test_stop_gradient_is_the_default_and_shared_weights_learn():
-    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE)
+    objective = every_term(TEXT, LATENT, **TEXT_CYCLE)
     assert objective == replace(
         objective, text_policy="stop_gradient", latent_policy=FULL.__class__()
     )
@@ -152,7 +153,7 @@ def test_full_teaches_all():
         options = {**cycle, **bridge, "text_policy": "full"}
         if bridge:
             options["latent_policy"] = "full"
-        assert learners(DENOISER, cv.CycleObjective(TEXT, LATENT, **options)) == {
+        assert learners(DENOISER, every_term(TEXT, LATENT, **options)) == {
             "encoder_only",
             "decoder_only",
             "shared",
@@ -160,8 +161,8 @@ def test_full_teaches_all():
 
 
 def test_alternating_teaches_one_side_and_then_the_other():
-    text = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy="alternating")
-    latent = cv.CycleObjective(
+    text = every_term(TEXT, LATENT, **TEXT_CYCLE, text_policy="alternating")
+    latent = every_term(
         TEXT, LATENT, **LATENT_CYCLE, latent_policy="alternating", text_bridge="gumbel"
     )
     assert [learners(DENOISER, text, step) for step in range(3)] == [
@@ -193,7 +194,7 @@ def test_alternating_teaches_one_side_and_then_the_other():
 )
 def test_policies_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        cv.CycleObjective(TEXT, LATENT, **options)
+        every_term(TEXT, LATENT, **options)
 
 
 def test_the_detached_twin_has_the_same_law():
@@ -219,7 +220,7 @@ def test_a_schedule_of_the_bridge():
     opening = cv.PolicySchedule(
         (cv.GradientPolicy(), cv.GradientPolicy("last"), FULL), starts=(0, 2, 4)
     )
-    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=opening)
+    objective = every_term(TEXT, LATENT, **TEXT_CYCLE, text_policy=opening)
     assert [objective.at(step).text_policy.bridge for step in (0, 1, 2, 3, 4, 99)] == [
         *["detach"] * 2,
         *["last"] * 2,
@@ -235,12 +236,12 @@ def test_the_plan_follows_the_schedule():
     """A frozen bridge needs a pass of its own, at the steps that freeze it."""
     frozen = cv.GradientPolicy("full", freeze_bridge=("shared",))
     turns = cv.PolicySchedule((cv.GradientPolicy(), frozen), (0, 1), period=2)
-    objective = cv.CycleObjective(TEXT, LATENT, text_policy=turns)
+    objective = every_term(TEXT, LATENT, text_policy=turns)
     assert [objective.passes(step) for step in range(3)] == [5, 6, 5]
 
 
 def test_a_schedule_is_no_policy_of_a_step():
-    objective = cv.CycleObjective(TEXT, LATENT, text_policy="alternating")
+    objective = every_term(TEXT, LATENT, text_policy="alternating")
     with pytest.raises(TypeError, match=r"depends on the step; take it from objective.at\(step\)"):
         objective.shares_encoder_pass(("cycle_text",))
 
@@ -298,7 +299,7 @@ TABLES = {
 
 @pytest.mark.parametrize("options", TABLES.values(), ids=TABLES)
 def test_the_table_is_what_autograd_says(options):
-    objective = cv.CycleObjective(TEXT, LATENT, **options)
+    objective = every_term(TEXT, LATENT, **options)
     told = parsed(objective.describe())
     assert told.keys() == objective.weights(0).keys()
     for term, roles in told.items():
@@ -309,7 +310,7 @@ def test_the_table_is_what_autograd_says(options):
 
 def test_the_table_names_patterns_and_turns():
     policy = cv.GradientPolicy("full", freeze=("text_head.*",), freeze_bridge=("*",))
-    objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=policy)
+    objective = every_term(TEXT, LATENT, **TEXT_CYCLE, text_policy=policy)
     _, makes, reads = objective.describe().splitlines()
     assert "nobody" in makes and makes.endswith("*")
     assert "decoder_only, shared except text_head.*" in reads and reads.endswith("text_head.*")
@@ -334,7 +335,7 @@ def test_the_picture_shows_who_learns():
     assert shown.keys() == TEXT_POLICIES.keys()
     for name, boxes in shown.items():
         step = 1 if name == "alternating" else 0
-        objective = cv.CycleObjective(TEXT, LATENT, **TEXT_CYCLE, text_policy=name)
+        objective = every_term(TEXT, LATENT, **TEXT_CYCLE, text_policy=name)
         learns = {role for role, kind in boxes if kind == "learns"}
         assert learners(DENOISER, objective, step) == learns, name
         makes, reads = boxes[:2], boxes[2:]

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cyclevae as cv
 from counters import PeakBytes, SavedBytes
 from cyclevae.testing import ToyNetwork
+from recipes import every_term
 
 ROOT = Path(__file__).parents[1]
 META = torch.device("meta")
@@ -34,7 +35,7 @@ def examples():
 def objective(v, **options):
     moments = {"prior": "moment", "prior_options": {"estimator": "biased"}}
     weights = {f"{term}_weight": weight for term, weight in WEIGHTS.items()}
-    return cv.CycleObjective(
+    return every_term(
         cv.TextProcess(2, v, pad_id=0),
         cv.LatentProcess("continuous_cosine"),
         **{"unconditional_weight": 0.0, **moments, **weights, **options},

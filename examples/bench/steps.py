@@ -23,7 +23,9 @@ MASK_ID = 1
 WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, "prior": 0.1}
 OPTIONS: dict[str, Any] = {
     **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},
-    "unconditional_weight": 0.0,
+    "cycle_pairs": True,
+    "latent_bridge": cv.LatentBridge(),
+    "text_bridge": "argmax",
     "prior": "moment",
     "prior_options": {"estimator": "biased"},
 }

@@ -92,8 +92,8 @@ class Planned(Options):
             >>> from cyclevae.testing import toy_batch, toy_denoiser
             >>> _, text_process, latent_process = toy_denoiser(seed=0)
             >>> objective = CycleObjective(text_process, latent_process)
-            >>> objective.passes(step=0)  # base and cycles share four, the unconditional has one
-            5
+            >>> objective.passes(step=0)  # the cycle shares one of the two base passes
+            3
         """
         if self._stages:
             return self.at(step).passes(step)

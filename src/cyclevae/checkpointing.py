@@ -63,10 +63,10 @@ def checkpoint_passes(denoiser: Denoiser) -> Denoiser:
         >>> objective = cv.CycleObjective(text_process, latent_process)
         >>> output = objective(checkpoint_passes(denoiser), toy_batch(seed=0), step=0)
         >>> len(calls)
-        5
+        3
         >>> output.loss.backward()
         >>> len(calls)
-        10
+        6
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(

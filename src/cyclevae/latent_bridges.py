@@ -115,6 +115,7 @@ class LatentBridge:
 
 
 ONE_SHOT = LatentBridge()
+NOISED = LatentBridge(noise=0.75)
 
 
 def encode_text(

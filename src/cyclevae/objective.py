@@ -55,13 +55,13 @@ class CycleObjective(Planned):
 
     `loss = sum of weight * term` over: `text` (L2T on pairs), `latent` (T2L on pairs),
     `unconditional` (both parts noised; unpaired rows train the part they have), `cycle_text`
-    (T2L2T) and `cycle_latent` (L2T2L) on paired and unpaired rows, `prior` on the encoder's
+    (T2L2T) and `cycle_latent` (L2T2L) on unpaired rows or all, `prior` on the encoder's
     latents, `sleep` (T2L of texts that the decoder dreams of real latents), `contrastive` (InfoNCE
     on pairs) and `text_marginal` (the decoder writes probable texts). A weight is a number or a
-    function of the step (see `ramp`); a term whose weight is 0 costs no forward pass. Base terms
-    and cycles together are four passes, and the unconditional term is a fifth: see `passes`. Latent
-    terms are means over dimensions, of a size near 1, and weigh 5 beside cross-entropies of a
-    token; a cycle weighs twice its base loss.
+    function of the step (see `ramp`); a term whose weight is 0 costs no forward pass. By default
+    the base terms and the text cycle run, on texts without a partner: three passes, see `passes`.
+    Latent terms are means over dimensions, of a size near 1, and weigh 5 beside cross-entropies of
+    a token.
 
     Attributes:
         text_process: the text process.
@@ -130,7 +130,7 @@ class CycleObjective(Planned):
         >>> output = objective(denoiser, toy_batch(seed=0), step=0)
         >>> output.loss.backward()
         >>> sorted(output.metrics)[:3]
-        ['cycle_latent_loss', 'cycle_latent_weight', 'cycle_text_loss']
+        ['cycle_text_loss', 'cycle_text_weight', 'latent_loss']
     """
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ class CycleObjective(Planned):
             >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
             >>> objective = CycleObjective(text_process, latent_process)
             >>> list(objective.terms(denoiser, toy_batch(seed=0), step=0))
-            ['text', 'latent', 'unconditional', 'cycle_text', 'cycle_latent']
+            ['text', 'latent', 'cycle_text']
         """
         objective = self.at(step)
         run = objective._run(denoiser, batch, step, generator, counts, teacher, {})

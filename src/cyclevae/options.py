@@ -12,7 +12,7 @@ from cyclevae.base import AnyDistance, check_distance
 from cyclevae.bridges import AnyTextBridge, TextBridge
 from cyclevae.contrastive import Critic
 from cyclevae.gradient_policy import GradientPolicy
-from cyclevae.latent_bridges import ONE_SHOT, LatentBridge
+from cyclevae.latent_bridges import NOISED, LatentBridge
 from cyclevae.latent_process import LatentProcess
 from cyclevae.non_finite import NonFinite
 from cyclevae.policies import (
@@ -66,9 +66,9 @@ class Options:
     latent_process: LatentProcess
     text_weight: Weight = 1.0
     latent_weight: Weight = 5.0
-    unconditional_weight: Weight = 1.0
+    unconditional_weight: Weight = 0.0
     cycle_text_weight: Weight = 2.0
-    cycle_latent_weight: Weight = 10.0
+    cycle_latent_weight: Weight = 0.0
     prior_weight: Weight = 0.0
     sleep_weight: Weight = 0.0
     contrastive_weight: Weight = 0.0
@@ -86,15 +86,15 @@ class Options:
     latent_space: Prediction | None = None
     min_snr: Number | None = None
     cycle_latent_distance: AnyDistance = "mse"
-    text_bridge: AnyTextBridge = "argmax"
-    latent_bridge: LatentBridge = ONE_SHOT
+    text_bridge: AnyTextBridge = "categorical"
+    latent_bridge: LatentBridge = NOISED
     show_latent: bool = False
     text_policy: AnyPolicy = "stop_gradient"
     latent_policy: AnyPolicy = "stop_gradient"
     p_dual: Number = 1.0
     cycle_every: int = 1
     cycle_fraction: Number = 1.0
-    cycle_pairs: bool = True
+    cycle_pairs: bool = False
     join_passes: bool = False
     non_finite: NonFinite | None = None
     caps: Mapping[str, Number] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Options:
             >>> _, text_process, latent_process = toy_denoiser(seed=0)
             >>> objective = CycleObjective(text_process, latent_process)
             >>> objective.to_config()["text_bridge"]
-            'argmax'
+            'categorical'
         """
         return {"version": CONFIG_VERSION, **dump(self)}
 

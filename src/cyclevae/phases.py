@@ -25,7 +25,8 @@ class Phases:
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
-        >>> three = Phases(CycleObjective(text_process, latent_process), 10, 20)
+        >>> both = CycleObjective(text_process, latent_process, cycle_latent_weight=1.0)
+        >>> three = Phases(both, 10, 20)
         >>> "cycle_latent_loss" in three(denoiser, toy_batch(seed=0), step=9).metrics
         False
     """
@@ -42,6 +43,11 @@ class Phases:
             raise ValueError(
                 "`latent_cycle_from` and `full_gradient_from` must be steps in this order, got "
                 f"{self.latent_cycle_from!r} and {self.full_gradient_from!r}"
+            )
+        if o.cycle_latent_weight == 0 and self.latent_cycle_from < self.full_gradient_from:
+            raise ValueError(
+                "the second phase switches on the latent cycle, and `objective.cycle_latent_weight`"
+                " is 0: give it a weight, or both phases the same first step"
             )
         for name in ("text_policy", "latent_policy"):
             bridge_rules = [policy.bridge for policy in all_policies(getattr(o, name))]
@@ -139,14 +145,14 @@ def phases(
         text_bridge: of the third phase, one with a gradient.
 
     Raises:
-        ValueError: steps out of order, a policy that does not detach, or a bridge without a
-            gradient.
+        ValueError: a second phase whose cycle weighs nothing, steps out of order, a policy that
+            does not detach, or a bridge without a gradient.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> three = phases(
-        ...     CycleObjective(text_process, latent_process),
+        ...     CycleObjective(text_process, latent_process, cycle_latent_weight=1.0),
         ...     latent_cycle_from=1000, full_gradient_from=2000,
         ... )
         >>> [sorted(three.weights(step)) for step in (999, 1000)]

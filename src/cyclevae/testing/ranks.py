@@ -72,8 +72,8 @@ def check_ranks(
         >>> def make():
         ...     denoiser, text_process, latent_process = toy_denoiser(seed=0)
         ...     return StepModule(denoiser, CycleObjective(text_process, latent_process))
-        >>> pairs = [Batch(*toy_batch(seed, rows)[:3]) for seed, rows in [(0, 3), (1, 2)]]
-        >>> check_ranks(make, [pairs])  # one rank, two accumulation steps
+        >>> batches = [Batch(*toy_batch(seed, rows)[:5]) for seed, rows in [(0, 3), (1, 2)]]
+        >>> check_ranks(make, [batches])  # one rank, two accumulation steps
     """
     if sum(len(batches) for batches in parts) < 2 or not all(parts):
         raise ValueError(
