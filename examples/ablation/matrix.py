@@ -37,7 +37,7 @@ ST = {
 PAIRS_TOO = {"cycle_pairs": True}
 
 Unpaired = Literal["none", "real", "corrupted", "encoded"]
-Extra = Literal["pseudo_pairs", "noised_latents"]
+Extra = Literal["pseudo_pairs", "noised_latents", "teacher_bridge"]
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,30 @@ ROWS: dict[str, Row] = {
     "encoded_cycle": Row("every text encoded, + latent cycle", LATENT_CYCLE, unpaired="encoded"),
     # exploratory: parts of the recipe
     "half_no_noise": Row("half cycle without noise", {**HALF, "latent_bridge": {"noise": 0.0}}),
+    "half_less_noise": Row("half cycle, noise 0.4", {**HALF, "latent_bridge": {"noise": 0.4}}),
+    "half_steps": Row(
+        "half cycle, latents in 4 passes",
+        {**HALF, "latent_bridge": {"noise": 0.75, "steps": 4}, "base_latent_time": None},
+    ),
+    "half_teacher": Row("half cycle, latents of an average", extra="teacher_bridge"),
     "half_all_rows": Row("half cycle on pairs too", {**HALF, **PAIRS_TOO}),
     "half_joint": Row("half cycle + unimodal denoising", {**HALF, **UNIMODAL}),
     "half_contrastive": Row("half cycle + InfoNCE", {**HALF, "contrastive_weight": 0.1}),
     "half_full": Row("half cycle, gradient through z_hat", {**HALF, "text_policy": "full"}),
+    "half_full_late": Row(
+        "half cycle, gradient through z_hat from step 900",
+        {**HALF, "text_policy": {"policies": [{"bridge": "detach"}, {"bridge": "full"}],
+                                 "starts": [0, 900]}},
+    ),
     "latent_only": Row("latent cycle alone", LATENT_CYCLE),
     "both_argmax": Row("both half cycles, argmax texts", {**BOTH, "text_bridge": "argmax"}),
     "both_unmask": Row(
         "both half cycles, texts in 6 passes",
         {**BOTH, "text_bridge": {"name": "unmask", "steps": 6}},
+    ),
+    "both_marginal": Row(
+        "both cycles, relaxed texts that must be probable",
+        {**BOTH, "text_bridge": "gumbel", "latent_policy": "full", "text_marginal_weight": 0.01},
     ),
     # exploratory: priors on top of the recipe
     "moment": Row("half cycle + moment prior", {**_PRIOR, "prior": "moment"}),
@@ -136,8 +151,8 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
-EXPLORATORY = tuple(ROWS)[7:32]
-SEED_MATRIX = tuple(ROWS)[32:]
+EXPLORATORY = tuple(ROWS)[7:37]
+SEED_MATRIX = tuple(ROWS)[37:]
 
 
 @dataclass(frozen=True)
@@ -200,8 +215,8 @@ def tuned_as(row: str) -> str:
     """The row whose search an exploratory row borrows: the nearest one of the core."""
     if row in CORE or row == "paired":
         return row
-    options = ROWS[row].options
-    if "cycle_text_weight" in options or "cycle_latent_weight" in options:
+    options, extra = ROWS[row].options, ROWS[row].extra
+    if extra == "teacher_bridge" or {"cycle_text_weight", "cycle_latent_weight"} & options.keys():
         return "half"
     return "unimodal" if "unconditional_weight" in options else "paired"
 

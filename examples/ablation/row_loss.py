@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import cyclevae as cv
 
+CROSSING = NOISE["latent_bridge"]["noise"]
 Processes = tuple[cv.TextProcess, cv.LatentProcess]
 
 
@@ -36,11 +37,17 @@ class RowLoss:
         self.noise = torch.Generator(device).manual_seed(seed)
         self.turns = torch.Generator().manual_seed(seed)
         self.passes = 0
-        weight = HALF["cycle_text_weight"]["weight"]
+        self.processes = dict(zip(("text_process", "latent_process"), processes, strict=True))
+        weight = HALF["cycle_text_weight"]
+        if row.extra != "teacher_bridge":
+            weight = weight["weight"]  # there is no waiting for what is there from the start
         taught = {"text_weight": weight, "latent_weight": 0.0}
         (self.teach,) = objectives(Row("", taught), processes)
-        reads_teacher = any(o.prior in ("learned", "ddvi") for o in self.objectives)
-        self.teacher = cv.Teacher(network) if reads_teacher else None
+        self.teacher = None
+        if row.extra == "teacher_bridge":
+            self.teacher = cv.Teacher(network, decay=0.98)
+        elif any(o.prior in ("learned", "ddvi") for o in self.objectives):
+            self.teacher = cv.Teacher(network)
         self.encoder_error = 1.0  # the T2L mean squared error of the last step, averaged
 
     def after_step(self, network: nn.Module) -> None:
@@ -62,10 +69,18 @@ class RowLoss:
         if "latent_loss" in output.metrics:
             self.encoder_error += 0.05 * (output.metrics["latent_loss"].item() - self.encoder_error)
         if self.row.extra == "pseudo_pairs":
-            latents = self._noised(
-                self.labels.latents[drawn.texts], NOISE["latent_bridge"]["noise"]
-            )
-            loss = loss + self._teach(denoiser, *texts_of(self.train, drawn.texts), latents, step)
+            texts = texts_of(self.train, drawn.texts)
+            latents = self._noised(self.labels.latents[drawn.texts], CROSSING)
+            loss = loss + self._teach(denoiser, *texts, latents, step)
+        elif self.row.extra == "teacher_bridge" and self.teach.weights(step):
+            self.passes += 1
+            texts = batch.unpaired_tokens, batch.unpaired_attention_mask
+            with torch.no_grad():
+                latents = cv.encode_text(
+                    self.teacher.denoiser, *texts, **self.processes, generator=self.noise
+                )
+            latents = self._noised(latents, CROSSING)
+            loss = loss + self._teach(denoiser, *texts, latents, step)
         elif self.row.extra == "noised_latents":
             latents = self._noised(batch.latents, self.encoder_error**0.5)
             loss = loss + self._teach(denoiser, *batch[:2], latents, step)
