@@ -133,13 +133,13 @@ def test_the_length_of_a_latent_tells_nothing_of_its_hidden_partner(data):
 
 def test_the_core_is_what_is_preregistered():
     cells = list(core("docstrings", TUNED, 2e12))
-    assert len(cells) == len({c.name for c in cells}) == len({c.key for c in cells}) == 110
+    assert len(cells) == len({c.name for c in cells}) == len({c.key for c in cells}) == 170
     for row in CORE:
         found = {(c.pairs, c.share) for c in cells if c.row == row}
         assert found == {(300, 100), (1000, 100), (3000, 100), (1000, 25)}
     assert {c.pairs for c in cells if c.row == "paired"} == {300, 1000, 3000, 6000}
     for seed in SEEDS:
-        assert sum(c.seed == seed for c in cells) == 22
+        assert sum(c.seed == seed for c in cells) == 34
     assert len({c.cap for c in cells}) == 1
 
 

@@ -53,7 +53,10 @@ Key = tuple[str, int, int]  # row, pairs, share
 
 
 class Results:
-    """The cells of one corpus, by row, pairs and share of unpaired rows; each a list over seeds."""
+    """The cells of one corpus, by row, pairs and share of unpaired rows; each a list over seeds.
+
+    Where a row ran with several weight decays, the one counts that did best on validation pairs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.cells: dict[Key, list[dict[str, Any]]] = {}
@@ -62,6 +65,7 @@ class Results:
         self.train, self.words = about["train"], np.array(about["test_words"], dtype=float)
         told = folder / "baselines.json"
         self.baselines = json.loads(told.read_text())["each"] if told.exists() else []
+        several: dict[Key, dict[float, list[dict[str, Any]]]] = {}
         for path in sorted(folder.glob("*-*.json")):
             result = json.loads(path.read_text())
             cell = result["cell"]
@@ -69,9 +73,12 @@ class Results:
                 self.search.append(result)
                 continue
             key = cell["row"], cell["pairs"], cell["share"]
-            self.cells.setdefault(key, []).append(result)
-        for found in self.cells.values():
-            found.sort(key=lambda result: result["cell"]["seed"])
+            decays = several.setdefault(key, {})
+            decays.setdefault(cell["weight_decay"], []).append(result)
+        self.all = [r for decays in several.values() for found in decays.values() for r in found]
+        for key, decays in several.items():
+            found = min(decays.values(), key=_validation)
+            self.cells[key] = sorted(found, key=lambda result: result["cell"]["seed"])
         for result in self.cells.get(("oracle", ALL, 0), ()):  # pairs only, on all, at the cap
             capped = {"measures": result["at_cap_measures"], "each": result["at_cap_each"]}
             self.cells.setdefault(("paired", ALL, 0), []).append({**result, **capped})
@@ -89,6 +96,11 @@ class Results:
 
     def mean(self, key: Key, measure: str) -> float:
         return float(np.mean([r["measures"][measure] for r in self.of(key)]))
+
+
+def _validation(found: Sequence[Mapping[str, Any]]) -> float:
+    """The joint score of some cells on validation pairs, which chooses their weight decay."""
+    return float(np.mean([min(result["validation"]["both"]) for result in found]))
 
 
 class Compared:
@@ -366,17 +378,29 @@ def search_table(results: Results) -> str:
     return table(["nats per pair", *(f"rate {a:g}, decay {b:g}" for a, b in points)], rows)
 
 
+def decays(results: Results) -> str:
+    """The weight decay that validation pairs chose, of each row at each number of pairs."""
+    chosen = {}
+    for (row, pairs, share), found in results.cells.items():
+        if share in (0, 100) and row in (*CORE_ORDER, "oracle"):
+            chosen[row, pairs] = f"{found[0]['cell']['weight_decay']:g}"
+    budgets = sorted({pairs for _, pairs in chosen}, key=lambda n: n or results.train)
+    rows = [
+        [ROWS[row].label, *(chosen.get((row, pairs), "") for pairs in budgets)]
+        for row in dict.fromkeys(row for row, _ in chosen)
+    ]
+    return table(["weight decay", *(f"{n or results.train:,} pairs" for n in budgets)], rows)
+
+
 def hours(docstrings: Results, glosses: Results | None) -> str:
     """What each tier took: cells, and hours of one core."""
     explored = {*EXPLORATORY, *SEED_MATRIX}
-    cells = [result for found in docstrings.cells.values() for result in found]
+    cells = docstrings.all
     tiers = {
         "search": docstrings.search,
         "core": [r for r in cells if r["cell"]["row"] not in explored],
         "exploratory": [r for r in cells if r["cell"]["row"] in explored],
-        "second corpus": [
-            r for found in (glosses.cells.values() if glosses else ()) for r in found
-        ],
+        "second corpus": glosses.all if glosses else [],
     }
     rows = []
     for name, found in tiers.items():
@@ -416,7 +440,6 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
     core = [*_keys(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
     explored = _keys(PRIMARY, *EXPLORATORY)
     seeds = [row_key(row, pairs, 0) for pairs in (PRIMARY, ALL) for row in SEED_MATRIX]
-    light = [row_key("paired_light", pairs, 0) for pairs in (PRIMARY, 3000, 6000, ALL)]
     found = {
         "primary": primary(docstrings),
         "core": measured(docstrings, core, MEASURES),
@@ -430,7 +453,7 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "growth": growth(docstrings),
         "costs": costs(docstrings, core),
         "search": search_table(docstrings),
-        "light": measured(docstrings, light, MEASURES),
+        "decays": decays(docstrings),
         "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
         "controls": beside(docstrings, explored, _key(CONTROL, PRIMARY)),
         "parts": beside(docstrings, explored, _key("half", PRIMARY)),
