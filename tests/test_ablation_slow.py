@@ -84,3 +84,10 @@ def test_the_page_is_filled_from_the_results(options):
     for name in ("primary", "core", "health", "costs", "baselines", "controls"):
         assert f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- /{name} -->" in page
         assert "nan" not in parts[name]
+
+
+def test_the_committed_page_says_what_the_committed_results_do():
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    stored = ROOT / "examples" / "ablation" / "results"
+    filled = fill(page, blocks(Results(stored / "docstrings"), Results(stored / "glosses")))
+    assert filled == page, 'run "make evidence"'

@@ -58,13 +58,13 @@ class Resampled:
         `weights`, `[sentences]`, are words per sentence where values are sums over words.
         """
         weights = np.ones(values.shape[1]) if weights is None else weights
-        sums = ((self.seeds @ values) * self.sentences).sum(axis=1)
+        sums = ((self.sentences @ values.T) * self.seeds).sum(axis=1)
         draws = sums / (len(values) * (self.sentences @ weights))
         return estimate(values.sum() / (len(values) * weights.sum()), draws)
 
 
 def estimate(value: float, draws: Values) -> Estimate:
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high), draws)
 
 

@@ -109,6 +109,7 @@ class Compared:
     def __init__(self, results: Results) -> None:
         self.results = results
         self._drawn: dict[int, Resampled] = {}
+        self._values: dict[tuple[Key, str, tuple[int, ...]], Estimate] = {}
 
     def each(self, key: Key, measure: str, seeds: Sequence[int]) -> Values:
         """`[seeds, sentences]`: nats per sentence, or whether its latent is among the nearest."""
@@ -120,7 +121,10 @@ class Compared:
 
     def value(self, key: Key, measure: str, seeds: Sequence[int] | None = None) -> Estimate:
         seeds = self.results.seeds(key) if seeds is None else seeds
-        return self._mean(self.each(key, measure, seeds), measure)
+        of = key, measure, tuple(seeds)
+        if of not in self._values:
+            self._values[of] = self._mean(self.each(key, measure, seeds), measure)
+        return self._values[of]
 
     def difference(self, key: Key, other: Key, measure: str) -> Estimate:
         """`key - other`, paired by seed and sentence."""
@@ -147,8 +151,11 @@ class Compared:
         return Estimate(float(centre[0]), float(low), float(high), draws)
 
     def _mean(self, values: Values, measure: str) -> Estimate:
-        drawn = self._drawn.setdefault(len(values), Resampled.draw(len(values), values.shape[1]))
-        return drawn.mean(values, self.results.words if measure.startswith("l2t_ce") else None)
+        if len(values) not in self._drawn:
+            self._drawn[len(values)] = Resampled.draw(*values.shape)
+        return self._drawn[len(values)].mean(
+            values, self.results.words if measure.startswith("l2t_ce") else None
+        )
 
 
 # --- Tables -------------------------------------------------------------------------------------
@@ -343,7 +350,8 @@ def gap_closed(results: Results) -> str:
                 cells.append("not defined")
                 continue
             part = compared.difference(key, base, measure)
-            share = estimate(part.value / whole.value, part.draws / whole.draws)
+            with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no gap
+                share = estimate(part.value / whole.value, part.draws / whole.draws)
             cells.append(f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]")
         rows.append([ROWS[row].label, *cells])
     return table(["gap closed at 1,000 pairs", "L2T CE", "R@10"], rows)
