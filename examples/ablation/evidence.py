@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 CORE_ORDER = ("paired", "unimodal", "pseudo", "half", "both", "straight_through")
 CONTROL = "unimodal"
+NOT_RUN = "*not run*"
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class Compared:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    if not (rows := list(rows)):
+        return NOT_RUN
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -304,7 +307,7 @@ def growth(results: Results) -> str:
         for share in (25, 100):
             half, control = (row_key(row, PRIMARY, share) for row in ("half", CONTROL))
             if half not in results or control not in results:
-                return ""
+                return NOT_RUN
             gains.append(compared.difference(half, control, measure))
             cells.append(interval(gains[-1]))
         draws = gains[1].draws - gains[0].draws
@@ -340,7 +343,7 @@ def gap_closed(results: Results) -> str:
     compared, rows = Compared(results), []
     oracle = row_key("oracle", ALL, 0)
     if oracle not in results:
-        return ""
+        return NOT_RUN
     for row in CORE_ORDER[1:]:
         cells = []
         for measure in ("l2t_ce_true", "t2l_r10"):
@@ -471,11 +474,13 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "compute": costs(docstrings, _keys(PRIMARY, CONTROL, *FEWER)),
         "hours": hours(docstrings, glosses),
     }
-    if glosses is not None:
-        found["glosses"] = measured(glosses, core, MEASURES)
-        found["glosses-primary"] = primary(glosses)
-        found["glosses-equivalents"] = equivalents(glosses)
-    return found
+    if glosses is None:
+        return found | dict.fromkeys(("glosses", "glosses-primary", "glosses-equivalents"), NOT_RUN)
+    return found | {
+        "glosses": measured(glosses, core, MEASURES),
+        "glosses-primary": primary(glosses),
+        "glosses-equivalents": equivalents(glosses),
+    }
 
 
 def fill(page: str, parts: Mapping[str, str]) -> str:

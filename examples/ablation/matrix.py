@@ -18,6 +18,7 @@ PLAIN: dict[str, Any] = {
     "cycle_text_weight": 0.0,
     "cycle_latent_weight": 0.0,
     "cycle_pairs": False,
+    "base_text_time": 1.0,
     "latent_bridge": {"noise": 0.0},
     "text_bridge": "categorical",
     "text_policy": "stop_gradient",
@@ -25,7 +26,8 @@ PLAIN: dict[str, Any] = {
 }
 UNIMODAL = {"unconditional_weight": 1.0}
 NOISE = {"latent_bridge": {"noise": 0.75}}
-HALF = {"cycle_text_weight": {"weight": 2.0, **WAIT}, **NOISE}
+PARTLY = {"base_text_time": {"distribution": "uniform"}}  # decoding in passes meets such texts
+HALF = {"cycle_text_weight": {"weight": 4.0, **WAIT}, **NOISE, **PARTLY}
 LATENT_CYCLE = {"cycle_latent_weight": {"weight": 1.0, **WAIT}}
 BOTH = {**HALF, **LATENT_CYCLE}
 ST = {
@@ -80,13 +82,14 @@ ROWS: dict[str, Row] = {
     # the core
     "paired": Row("pairs only", unpaired="none", cost=1.0),
     "unimodal": Row("+ unimodal denoising", UNIMODAL),
-    "pseudo": Row("+ offline pseudo-pairs", extra="pseudo_pairs", teacher="unimodal"),
+    "pseudo": Row("+ offline pseudo-pairs", PARTLY, extra="pseudo_pairs", teacher="unimodal"),
     "half": Row("+ half cycle (the recipe)", HALF),
     "both": Row("+ both half cycles", BOTH),
     "straight_through": Row("+ straight-through cycles", ST),
     "oracle": Row("all pairs, until it stops", unpaired="none", ends="stop", cost=4.0),
     # exploratory: controls
     "paired_to_cap": Row("pairs only, trained to the cap", unpaired="none", ends="cap"),
+    "paired_partly": Row("pairs only, text partly masked", PARTLY, unpaired="none"),
     "paired_joint": Row("pairs only, with the joint mode", UNIMODAL, unpaired="none"),
     "unimodal_long": Row("+ unimodal denoising, twice the cap", UNIMODAL, cost=3.0),
     "half_on_pairs": Row("half cycle on the pairs", {**HALF, **PAIRS_TOO}, unpaired="none"),
@@ -96,13 +99,17 @@ ROWS: dict[str, Row] = {
     "encoded": Row("every text encoded", unpaired="encoded"),
     "encoded_cycle": Row("every text encoded, + latent cycle", LATENT_CYCLE, unpaired="encoded"),
     # exploratory: parts of the recipe
+    "half_full_mask": Row("half cycle, text always masked", {**HALF, "base_text_time": 1.0}),
+    "half_weight_2": Row(
+        "half cycle of weight 2", {**HALF, "cycle_text_weight": {"weight": 2.0, **WAIT}}
+    ),
     "half_no_noise": Row("half cycle without noise", {**HALF, "latent_bridge": {"noise": 0.0}}),
     "half_less_noise": Row("half cycle, noise 0.4", {**HALF, "latent_bridge": {"noise": 0.4}}),
     "half_steps": Row(
         "half cycle, latents in 4 passes",
         {**HALF, "latent_bridge": {"noise": 0.75, "steps": 4}, "base_latent_time": None},
     ),
-    "half_teacher": Row("half cycle, latents of an average", extra="teacher_bridge"),
+    "half_teacher": Row("half cycle, latents of an average", PARTLY, extra="teacher_bridge"),
     "half_all_rows": Row("half cycle on pairs too", {**HALF, **PAIRS_TOO}),
     "half_joint": Row("half cycle + unimodal denoising", {**HALF, **UNIMODAL}),
     "half_contrastive": Row("half cycle + InfoNCE", {**HALF, "contrastive_weight": 0.1}),
@@ -150,8 +157,8 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
-EXPLORATORY = tuple(ROWS)[7:36]
-SEED_MATRIX = tuple(ROWS)[36:]
+EXPLORATORY = tuple(ROWS)[7:39]
+SEED_MATRIX = tuple(ROWS)[39:]
 
 
 @dataclass(frozen=True)
