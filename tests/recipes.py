@@ -16,6 +16,7 @@ EVERY_TERM = {
     "unconditional_weight": 1.0,
     "cycle_text_weight": 2.0,
     "cycle_latent_weight": 10.0,
+    "base_text_time": 1.0,
     "cycle_pairs": True,
     "text_bridge": "argmax",
     "latent_bridge": cv.LatentBridge(),

@@ -976,7 +976,13 @@ def test_the_base_decoder_loss_of_texts_of_which_a_part_is_shown(text_time):
     assert replace(objective, cycle_latent_weight=0.0).passes(0) == 1
     output = objective(denoiser, cv.Batch(tokens, mask, z), step=0, generator=seeded(3))
     torch.testing.assert_close(output.metrics["text_loss"], expected.detach())
-    assert "text_loss" not in objective.counts(cv.Batch(tokens, mask, z))
+    count = objective.counts(cv.Batch(tokens, mask, z))["text_loss"]
+    average = text_time.average() if isinstance(text_time, cv.TimePolicy) else text_time
+    assert count.item() == pytest.approx(average * mask.sum().item())
+    moving = cv.TimePolicy("uniform", high=cv.anneal(0.5, 0.9, steps=10))
+    assert "text_loss" not in replace(objective, base_text_time=moving).counts(
+        cv.Batch(tokens, mask, z)
+    )
 
 
 # --- cross-entropy in chunks ----------------------------------------------------------------------

@@ -66,6 +66,11 @@ def test_cycles_that_leave_pairs_out_where_a_part_has_nothing_else():
     check_ranks(makes(cycle_pairs=False, unconditional_weight=0.0), [STEPS])
 
 
+def test_partly_masked_texts():
+    check_ranks(makes(base_text_time=cv.TimePolicy("uniform")), [STEPS])
+    check_ranks(makes(base_text_time=0.5), [STEPS])
+
+
 def single(make):
     return make().float()
 
@@ -192,6 +197,8 @@ def test_statistics_of_a_call():
         on = {"prior": prior, "prior_weight": 1.0}
         refused(f"prior='{prior}' .* accumulation steps.*two_pass", **on, pool_prior=True)
         refused(f"prior='{prior}' .* set pool_prior=True", [[STEPS[0]], [STEPS[1]]], **on)
+    moving = cv.TimePolicy("uniform", high=cv.anneal(0.5, 0.9, steps=10))
+    refused("`base_text_time` has a cap that moves", base_text_time=moving)
     refused("`cycle_fraction` = 0.5 takes the first rows of each batch", cycle_fraction=0.5)
 
 

@@ -59,6 +59,22 @@ def test_full_is_constant_and_draws_nothing():
     assert hash(capped) == hash(TimePolicy(high=0.75)) != hash(TimePolicy())
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TimePolicy(),
+        TimePolicy(high=0.7),
+        TimePolicy("uniform", 0.2, 0.9),
+        TimePolicy("logit_normal", 0.1, 0.9, mean=0.8, std=1.7),
+    ],
+    ids=str,
+)
+def test_the_average_is_that_of_many_draws(policy):
+    draws = policy(200_000, generator=torch.Generator().manual_seed(0))
+    assert policy.average() == pytest.approx(draws.double().mean().item(), abs=2e-4)
+    assert TimePolicy(policy.distribution, high=lambda step: 1.0).average() is None
+
+
 @pytest.mark.parametrize("stratified", [True, False])
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.9)])
 def test_uniform_times(low, high, stratified):

@@ -24,6 +24,7 @@ WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, 
 OPTIONS: dict[str, Any] = {
     **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},
     "cycle_pairs": True,
+    "base_text_time": 1.0,
     "latent_bridge": cv.LatentBridge(),
     "text_bridge": "argmax",
     "prior": "moment",

@@ -26,6 +26,7 @@ from cyclevae.non_finite import (
 )
 from cyclevae.options import TERMS
 from cyclevae.teacher import Teacher
+from cyclevae.times import TimePolicy
 
 
 class StepOutput(NamedTuple):
@@ -82,8 +83,9 @@ class CycleObjective(Planned):
         contrastive_options: `temperature` and `critic` of `infonce_loss`.
         bridge_time: at which the encoder of both cycles starts from noise, a number or a
             `TimePolicy`.
-        base_text_time: the rate at which the base decoder loss masks the text: 1.0 masks all of it
-            and shares the pass that writes pseudo-texts; less, or a `TimePolicy`, shows the rest.
+        base_text_time: the rate at which the base decoder loss masks the text, a number or a
+            `TimePolicy`: 1.0 masks all of it and shares the pass that writes pseudo-texts; less
+            shows the rest, as decoding in several passes does.
         base_latent_time: of the base encoder loss; 1.0 shares the bridge's pass, None draws
             uniform times up to `bridge_time`; or a `TimePolicy`.
         unconditional_latent_time: of the unconditional mode; stratified uniform if None.
@@ -139,7 +141,8 @@ class CycleObjective(Planned):
         For gradients that depend neither on the number of ranks nor on the accumulation steps, sum
         these over both, divide by the number of ranks (DDP averages gradients), and give them to
         the objective. Where `base_text_time` is below 1, how many words are masked is drawn, and
-        `text_loss` is left to each batch.
+        `text_loss` is divided by the number to be expected; if its cap moves, that is left to each
+        batch.
 
         Examples:
             >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -167,11 +170,14 @@ class CycleObjective(Planned):
         base_latents = (has_text[:p] & has_latent[:p]).sum()
         cycled = pick_rows(reads_latent, p, *self.cycled(p, len(reads_latent), marked=marked)).sum()
 
+        time = self.base_text_time
+        rate = time.average() if isinstance(time, TimePolicy) else time
+
         def errors(distance: AnyDistance) -> int:  # the cosine has one per vector
             return elements // width if distance == "cosine" else elements
 
         counts = {
-            "text_loss": base_tokens,
+            "text_loss": base_tokens * (1.0 if rate is None else rate),
             "latent_loss": base_latents * errors(self.latent_distance),
             # a null rate leaves texts out at random
             "unconditional_text_loss": tokens - self.null_rate * paired_tokens,
@@ -181,7 +187,7 @@ class CycleObjective(Planned):
             "sleep_loss": cycled * elements,
             "text_marginal_loss": cycled,
         }
-        if self.base_text_time != 1.0:
+        if rate is None:
             del counts["text_loss"]
         if reads_teacher(self.prior):
             counts["prior_loss"] = zero + len(has_text)
@@ -197,14 +203,13 @@ class CycleObjective(Planned):
         Examples:
             >>> from cyclevae.testing import toy_denoiser
             >>> objective = CycleObjective(
-            ...     *toy_denoiser(seed=0)[1:], unconditional_weight=0.0, cycle_latent_weight=0.0,
-            ...     text_policy="decoder_isolated",
+            ...     *toy_denoiser(seed=0)[1:], text_policy="decoder_isolated"
             ... )
             >>> print(objective.describe())
             term        weight  pass               learns                frozen
             text        1       L2T of the latent  decoder_only, shared  -
             latent      5       T2L of the text    encoder_only, shared  -
-            cycle_text  2       T2L makes z_hat    nobody                -
+            cycle_text  4       T2L makes z_hat    nobody                -
                                 L2T reads z_hat    decoder_only          encoder_only, shared
         """
         return describe(self, step)

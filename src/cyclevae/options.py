@@ -24,7 +24,7 @@ from cyclevae.policies import (
 )
 from cyclevae.schedules import Anneal, Ramp
 from cyclevae.text_process import TextProcess
-from cyclevae.times import TimePolicy
+from cyclevae.times import UNIFORM, TimePolicy
 
 Weight = Number | Ramp | Schedule
 CONFIG_VERSION = 1
@@ -67,7 +67,7 @@ class Options:
     text_weight: Weight = 1.0
     latent_weight: Weight = 5.0
     unconditional_weight: Weight = 0.0
-    cycle_text_weight: Weight = 2.0
+    cycle_text_weight: Weight = 4.0
     cycle_latent_weight: Weight = 0.0
     prior_weight: Weight = 0.0
     sleep_weight: Weight = 0.0
@@ -78,7 +78,7 @@ class Options:
     pool_prior: bool = False
     contrastive_options: Mapping[str, Any] = field(default_factory=dict)
     bridge_time: Number | TimePolicy = 1.0
-    base_text_time: Number | TimePolicy = 1.0
+    base_text_time: Number | TimePolicy = UNIFORM
     base_latent_time: Number | TimePolicy | None = 1.0
     unconditional_latent_time: Number | TimePolicy | None = None
     null_text_rate: Number | None = None

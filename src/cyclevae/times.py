@@ -89,6 +89,21 @@ class TimePolicy:
             self._check_cap(f"high({step})", cap)
         return cap
 
+    def average(self) -> float | None:
+        """The expected time; None where the cap moves with the step.
+
+        Examples:
+            >>> TimePolicy("uniform", low=0.5).average()
+            0.75
+        """
+        if callable(self.high):
+            return None
+        share = {"full": 1.0, "uniform": 0.5}.get(self.distribution)
+        if share is None:
+            u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+            share = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).mean().item()
+        return self.low + (self.high - self.low) * share
+
     def __call__(
         self,
         rows: int,
@@ -115,6 +130,9 @@ class TimePolicy:
             raise ValueError(
                 f"`{name}` must lie in [low, 1] = [{self.low:g}, 1 (full noise)], got {cap!r}"
             )
+
+
+UNIFORM = TimePolicy("uniform")
 
 
 def stratified_times(

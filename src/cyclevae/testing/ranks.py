@@ -120,9 +120,9 @@ def _joined_gradients(
         module = _make(make)
         _refuse_statistics(module, parts, step)
         batch = _double(join_batches([batch for batches in parts for batch in batches]))
-        # except where the objective itself leaves texts out at random and counts the expected ones
-        name = "unconditional_text_loss"
-        counts = {name: module.objective.counts(batch)[name]}  # type: ignore[attr-defined]
+        # except where the objective itself draws which words count and divides by the expected ones
+        counts = module.objective.counts(batch)  # type: ignore[attr-defined]
+        counts = {name: counts[name] for name in ("unconditional_text_loss", "text_loss")}
         with SameDraws():
             loss = module(batch, step, counts=counts).loss
         loss.backward()
@@ -271,6 +271,11 @@ def _refuse_statistics(module: StepModule, parts: Sequence[Sequence[Batch]], ste
                 f"`prior_weight`: prior={objective.prior!r} is a statistic of the batch of each "
                 "rank; set pool_prior=True, which makes it exact over ranks"
             )
+    if "text" in terms and "text_loss" not in objective.counts(parts[0][0]):
+        raise ValueError(
+            "`base_text_time` has a cap that moves: each call divides by the words that it masks, "
+            "which depends on the split; give it a fixed cap here"
+        )
     if objective.cycle_fraction < 1 and terms.keys() & {*TEXT_HALF, *LATENT_HALF}:
         raise ValueError(
             f"`cycle_fraction` = {objective.cycle_fraction!r} takes the first rows of each batch, "
