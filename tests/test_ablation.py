@@ -16,7 +16,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "ablation"))
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
 from data import Sentences, Split
-from matrix import ALL, CORE, NOISE, ROWS, SEEDS, Cell, core, exploratory, quick, search, tuned_as
+from matrix import (
+    ALL,
+    CORE,
+    NOISE,
+    PRIMARY,
+    ROWS,
+    SEEDS,
+    TUNING_SEED,
+    Cell,
+    core,
+    exploratory,
+    glance,
+    quick,
+    search,
+    tuned_as,
+)
 from row_loss import Labels, RowLoss, objectives
 
 import cyclevae as cv
@@ -149,8 +164,29 @@ def test_cells_of_a_row_have_one_cap_but_for_the_control_with_twice_as_much():
     assert caps["unimodal_long"] == 4.0
 
 
+def test_rows_that_the_search_says_nothing_about_run_with_both_decays():
+    cells = list(exploratory("docstrings", TUNED, 1.0))
+    assert len(cells) == len({c.name for c in cells})
+    decays = {(c.row, c.pairs): set() for c in cells}
+    for each in cells:
+        decays[each.row, each.pairs].add(each.weight_decay)
+    for (row, _), found in decays.items():
+        assert found == (
+            {TUNED[tuned_as(row)]["weight_decay"]} if ROWS[row].unpaired == "real" else {0.1, 0.5}
+        )
+
+
+def test_the_second_corpus_has_five_seeds_of_the_primary_test_that_nothing_was_tuned_on():
+    cells = list(glance("glosses", TUNED, 1.0))
+    assert {c.seed for c in cells}.isdisjoint({*SEEDS, TUNING_SEED})
+    for row in ("paired", "unimodal", "pseudo", "half", "both"):
+        assert len({c.seed for c in cells if (c.row, c.pairs) == (row, PRIMARY)}) == 5
+    points = {c.pairs for c in cells if c.row == "paired"} | {ALL}
+    assert len({c.seed for c in cells if c.row == "oracle"}) == 2 and len(points) == 5
+
+
 def test_a_teacher_is_trained_before_who_learns_of_it():
-    for tier in (core, quick):
+    for tier in (core, quick, glance):
         cells = list(tier("docstrings", TUNED, 2e12))
         for i, each in enumerate(cells):
             if (teacher := each.of_teacher(TUNED)) is not None:

@@ -189,9 +189,8 @@ class Cell:
     def name(self) -> str:
         """Its file, among those of its corpus."""
         pairs = self.pairs or "all"
-        tuned = f"-lr{self.learning_rate:g}-wd{self.weight_decay:g}"
-        several = self.seed == TUNING_SEED or self.pairs != PRIMARY
-        return f"{self.row}-{pairs}-{self.share}-{self.seed}{tuned if several else ''}"
+        tuned = f"lr{self.learning_rate:g}-wd{self.weight_decay:g}"
+        return f"{self.row}-{pairs}-{self.share}-{self.seed}-{tuned}"
 
     @property
     def key(self) -> str:
@@ -222,7 +221,7 @@ def tuned_as(row: str) -> str:
     if row in CORE or row == "paired":
         return row
     options, extra = ROWS[row].options, ROWS[row].extra
-    if extra == "teacher_bridge" or {"cycle_text_weight", "cycle_latent_weight"} & options.keys():
+    if extra == "teacher_bridge" or "cycle_text_weight" in options:
         return "half"
     return "unimodal" if "unconditional_weight" in options else "paired"
 
@@ -255,7 +254,7 @@ def core(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
 def both_decays(
     corpus: str, row: str, pairs: int, seed: int, tuned: Tuned, cap: float
 ) -> Iterator[Cell]:
-    """A row away from the number of pairs at which it was tuned: validation pairs choose later."""
+    """A row that the search says nothing about, with each decay: validation pairs choose later."""
     share = 100 * (ROWS[row].unpaired != "none")
     for decay in DECAYS:
         told = tuned[tuned_as(row)] | {"weight_decay": decay}
@@ -266,12 +265,14 @@ def exploratory(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
     """Two seeds of everything else; called exploratory wherever it is shown."""
     for seed in FEW_SEEDS:
         for row in EXPLORATORY:
-            share = 100 * (ROWS[row].unpaired != "none")
+            if ROWS[row].unpaired != "real":
+                yield from both_decays(corpus, row, PRIMARY, seed, tuned, cap)
+                continue
             spent = 2 * cap if row == "unimodal_long" else cap
-            yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=spent)
+            yield Cell(corpus, row, PRIMARY, 100, seed, **tuned[tuned_as(row)], cap=spent)
         for row in SEED_MATRIX:
             for pairs in (PRIMARY, ALL):
-                yield Cell(corpus, row, pairs, 0, seed, **tuned[tuned_as(row)], cap=cap)
+                yield from both_decays(corpus, row, pairs, seed, tuned, cap)
 
 
 def quick(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
@@ -283,11 +284,12 @@ def quick(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
 
 
 def glance(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
-    """The second corpus, once, with seeds that nothing was tuned on."""
+    """The second corpus, once, with seeds that nothing was tuned on; its curve with two of them."""
     for seed in FRESH_SEEDS:
         for row in ("unimodal", "half", "both", "pseudo", "paired"):
             share = 100 * (row != "paired")
             yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=cap)
+    for seed in FRESH_SEEDS[:2]:
         for pairs in (300, 3000, 6000):
             yield from both_decays(corpus, "paired", pairs, seed, tuned, cap)
         yield from both_decays(corpus, "oracle", ALL, seed, tuned, cap)
