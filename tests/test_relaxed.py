@@ -1,7 +1,8 @@
 """Relaxed texts `[b, s, v]`: where they may go, what they mean, and who can read them."""
 
-import importlib.util
+import importlib
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import cyclevae as cv
 from cyclevae.denoiser import embed_tokens
 from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch, toy_denoiser
 from strategies import masks, quick, seeds
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "sentences"))
 
 PROCESSES = (
     cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0),
@@ -336,10 +339,7 @@ def test_two_networks_read_relaxed_texts():
 
 
 def example(name, *arguments, **options):
-    path = Path(__file__).parents[1] / "examples" / "sentences" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(name)
     torch.manual_seed(0)
     return getattr(module, *arguments)(7, 4, length=7, **options)
 
@@ -353,8 +353,14 @@ def mmdit():
     return example("mmdit_model", "MMDiTDenoiser", width=16, depth=1, heads=2)
 
 
+def joint_mmdit():
+    pytest.importorskip("mmdit")
+    return example("mmdit_model", "JointMMDiT", width=16, heads=2, dropout=0.0)
+
+
 NETWORKS = {
     joint_transformer: (["word.weight", "latent_in.weight"], "text_head.bias"),
+    joint_mmdit: (["word.weight", "latent_in.weight"], "text_head.bias"),
     mmdit: (["text_head.weight", "latent_in.0.weight"], "text_head.bias"),
 }
 

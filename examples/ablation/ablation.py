@@ -62,12 +62,14 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     cap = CORPORA[options.corpus].cap
     if options.tier == "search":
         return search(options.corpus, cap)
-    return TIERS[options.tier](options.corpus, tuned(), cap)
+    return TIERS[options.tier](options.corpus, tuned(options.corpus), cap)
 
 
-def tuned() -> dict[str, dict[str, float]]:
-    """What the search found, from the file that is committed."""
-    return json.loads(TUNED.read_text())
+def tuned(corpus: str) -> dict[str, dict[str, float]]:
+    """What the search found, from the file that is committed; a corpus may have its own rate."""
+    found = json.loads(TUNED.read_text())
+    rate = CORPORA[corpus].learning_rate
+    return {row: point | ({"learning_rate": rate} if rate else {}) for row, point in found.items()}
 
 
 def choose(searched: Sequence[Cell], out: Path) -> None:
@@ -128,7 +130,7 @@ def _work(cell: Cell, options: argparse.Namespace) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, redirect_stderr(file):
         try:
-            run(cell, options.out, options.cache, tuned(), options.limit)
+            run(cell, options.out, options.cache, tuned(cell.corpus), options.limit)
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,6 +103,7 @@ def _processes(data: Sentences) -> tuple[cv.TextProcess, cv.LatentProcess]:
 
 def _network(cell: Cell, data: Sentences, device: torch.device) -> nn.Module:
     torch.manual_seed(cell.seed)
+    random.seed(cell.seed)  # a block of mmdit draws its first residual stream
     return CORPORA[cell.corpus].network(data).to(device)
 
 

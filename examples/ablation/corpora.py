@@ -23,11 +23,13 @@ class Corpus:
         load: the sentences, from a cache folder and, for a quick run, a limit.
         network: a new one, with weights from torch's random state.
         cap: FLOPs, the same for every row of the matrix.
+        learning_rate: of every row; without it what the search found for each.
     """
 
     load: Callable[[Path, int | None], Sentences]
     network: Callable[[Sentences], nn.Module]
     cap: float
+    learning_rate: float | None = None
 
 
 def _docstrings(cache: Path, limit: int | None) -> Sentences:
@@ -72,10 +74,10 @@ def _joint(data: Sentences) -> nn.Module:
 
 
 def _mmdit(data: Sentences) -> nn.Module:
-    from mmdit_model import MMDiTDenoiser
+    from mmdit_model import JointMMDiT
 
     length, dim = data.train.tokens.shape[1], data.train.latents.shape[1]
-    return _with_word_frequencies(MMDiTDenoiser(len(data.vocabulary), dim, length=length), data)
+    return _with_word_frequencies(JointMMDiT(len(data.vocabulary), dim, length=length), data)
 
 
 def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
@@ -90,5 +92,5 @@ def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
 
 CORPORA = {
     "docstrings": Corpus(_docstrings, _joint, cap=1.5e12),
-    "glosses": Corpus(_glosses, _mmdit, cap=1.5e12),
+    "glosses": Corpus(_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3),
 }

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the oracle's kind
-SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 15), 100
+SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 13), 100
 WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
 
 # Every option that a row may differ in is written out, whatever the library's defaults are.
@@ -286,9 +286,8 @@ def quick(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
 def glance(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
     """The second corpus, once, with seeds that nothing was tuned on; its curve with two of them."""
     for seed in FRESH_SEEDS:
-        for row in ("unimodal", "half", "both", "pseudo", "paired"):
-            share = 100 * (row != "paired")
-            yield Cell(corpus, row, PRIMARY, share, seed, **tuned[tuned_as(row)], cap=cap)
+        for row in ("unimodal", "half", "pseudo", "paired", "both"):
+            yield from both_decays(corpus, row, PRIMARY, seed, tuned, cap)
     for seed in FRESH_SEEDS[:2]:
         for pairs in (300, 3000, 6000):
             yield from both_decays(corpus, "paired", pairs, seed, tuned, cap)

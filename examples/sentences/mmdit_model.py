@@ -1,10 +1,11 @@
-"""The same denoiser on the real `mmdit` package, with one latent token, arranged as in LGDLM.
+"""Denoisers on the real `mmdit` package, with one latent token.
 
 Reference: https://github.com/lucidrains/mmdit and Esser et al., https://arxiv.org/abs/2403.03206.
 """
 
 import torch
 from mmdit.mmdit_generalized_pytorch import MMDiT
+from model import JointTransformer
 from torch import Tensor, nn
 
 from cyclevae import Denoised
@@ -12,7 +13,10 @@ from cyclevae.denoiser import embed_tokens
 
 
 class MMDiTDenoiser(nn.Module):
-    """Two streams with weights of their own, joined by attention; both times modulate both."""
+    """Two streams with weights of their own, joined by attention; both times modulate both.
+
+    The parts are arranged as in LGDLM.
+    """
 
     def __init__(
         self,
@@ -69,3 +73,41 @@ class MMDiTDenoiser(nn.Module):
             logits=None if need == "latents" else self.text_head(text),
             latent_prediction=None if need == "logits" else self.latent_head(latent[:, 0]),
         )
+
+
+class JointMMDiT(JointTransformer):
+    """`JointTransformer`, bag of words and all, with the two streams of an MMDiT in its middle."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        latent_dim: int,
+        *,
+        length: int,
+        width: int = 128,
+        depth: int = 1,
+        heads: int = 4,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(vocab_size, latent_dim, length=length, width=width, depth=0)
+        self.times = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = MMDiT(
+            depth=depth,
+            dim_modalities=(width, width),
+            dim_cond=width,
+            dim_head=width // heads,
+            heads=heads,
+            qk_rmsnorm=True,
+            num_residual_streams=2,
+        )
+
+    def attend(
+        self, text: Tensor, latent: Tensor, times: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        text, latent = self.blocks(
+            modality_tokens=(text, latent[:, None]),
+            modality_masks=(attention_mask, torch.ones_like(attention_mask[:, :1])),
+            time_cond=self.times(times),
+        )
+        return self.dropout(text), latent[:, 0]

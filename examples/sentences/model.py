@@ -62,18 +62,26 @@ class JointTransformer(nn.Module):
         text = embed_tokens(self.word.weight, tokens) * self.word.embedding_dim**0.5
         text = text + self.position(places)
         text = text + self.text_time(text_time[:, None])[:, None]
-        hidden = self.blocks(
-            torch.cat([latent[:, None], text + latent[:, None]], dim=1),
-            src_key_padding_mask=nn.functional.pad(~attention_mask, (1, 0)),
-        )
-        logits = None if need == "latents" else self.text_head(hidden[:, 1:])
+        times = torch.stack([text_time, latent_time], dim=1)
+        text, latent = self.attend(text + latent[:, None], latent, times, attention_mask)
+        logits = None if need == "latents" else self.text_head(text)
         if need == "logits":
             return Denoised(logits, None)
         keep = attention_mask[..., None]
         words = keep.sum(dim=1).clamp(min=1)
-        mean = (hidden[:, 1:] * keep).sum(dim=1) / words
+        mean = (text * keep).sum(dim=1) / words
         bag = (embed_tokens(self.bag.weight, tokens) * keep).sum(dim=1) / words.sqrt()
-        return Denoised(logits, self.latent_head(hidden[:, 0] + mean) + self.bag_head(bag))
+        return Denoised(logits, self.latent_head(latent + mean) + self.bag_head(bag))
+
+    def attend(
+        self, text: Tensor, latent: Tensor, times: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Let `text` `[b, length, width]` and `latent` `[b, width]` look at each other."""
+        hidden = self.blocks(
+            torch.cat([latent[:, None], text], dim=1),
+            src_key_padding_mask=nn.functional.pad(~attention_mask, (1, 0)),
+        )
+        return hidden[:, 1:], hidden[:, 0]
 
 
 def _time_mlp(width: int) -> nn.Module:
