@@ -13,7 +13,8 @@ from bootstrap import Estimate, Resampled, Values, estimate, holm, pair_equivale
 from matrix import ALL, BUDGETS, EXPLORATORY, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
 
 HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs"
+ROOT = HERE.parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 CORE_ORDER = ("paired", "unimodal", "pseudo", "half", "both", "straight_through")
 CONTROL = "unimodal"
 NOT_RUN = "*not run*"
@@ -231,6 +232,28 @@ def primary(results: Results) -> str:
     return table(head, rows)
 
 
+def headline(results: Results) -> str:
+    """What a reader of the README wants to know."""
+    compared, rows = Compared(results), []
+    names = ("l2t_ce_true", "l2t_ce_predicted", "t2l_mse", "t2l_r1")
+    whole = row_key("paired", ALL, 0)
+    for key in (*_keys(PRIMARY, "paired", CONTROL, "pseudo", "half"), whole):
+        if key not in results:
+            continue
+        worth = compared.equivalents(key, "l2t_ce_true") if key[0] != "paired" else None
+        rows.append(
+            [
+                f"{key[1] or results.train:,} {_label(key)}".replace("pairs only", "pairs"),
+                *(f"{results.mean(key, name):{MEASURES[name].form}}" for name in names),
+                f"{key[1] or results.train:,}"
+                if worth is None
+                else count_of(worth.value, results.train),
+            ]
+        )
+    titles = (_title(MEASURES[name]) for name in names)
+    return table(["trained on", *titles, "decoder worth, pairs"], rows)
+
+
 def verdict(difference: Estimate, p: float, better: int) -> str:
     if p >= 0.05:
         return "nothing is claimed"
@@ -287,7 +310,7 @@ def equivalents(results: Results) -> str:
             if _key(row, pairs) not in results:
                 continue
             cells = []
-            for measure in ("l2t_ce_true", "t2l_r10"):
+            for measure in ("l2t_ce_true", "t2l_r1", "t2l_r10"):
                 key = _key(row, pairs)
                 found = compared.equivalents(key, measure) if key in results else None
                 if found is None:
@@ -298,7 +321,7 @@ def equivalents(results: Results) -> str:
                 )
                 cells.append(f"{value} [{low}, {high}]")
             rows.append([ROWS[row].label, f"{pairs:,}", *cells])
-    return table(["row", "pairs", "worth by L2T CE", "worth by R@10"], rows)
+    return table(["row", "pairs", "worth by L2T CE", "worth by R@1", "worth by R@10"], rows)
 
 
 def growth(results: Results) -> str:
@@ -446,15 +469,24 @@ def _title(measure: Measure) -> str:
 # --- The page -----------------------------------------------------------------------------------
 
 FEWER = ("half", "half_every_2", "half_every_4", "half_fraction")
+PRIORS = ("moment", "mmd", "learned", "ddvi")
+CONTROLS = EXPLORATORY[: EXPLORATORY.index("half_full_mask")]
+PARTS = tuple(row for row in EXPLORATORY if row not in (*CONTROLS, *PRIORS))
 
 
 def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
     """Every generated part of the page, by the name between its marks."""
     core = [*_keys(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
     explored = _keys(PRIMARY, *EXPLORATORY)
-    seeds = [row_key(row, pairs, 0) for pairs in (PRIMARY, ALL) for row in SEED_MATRIX]
+    seeds, whole = ([row_key(row, pairs, 0) for row in SEED_MATRIX] for pairs in (PRIMARY, ALL))
+    cycles = [key for key in whole if key[0].endswith("_cycle") or key[0] == "both_cycles"]
+    recipe, control = _keys(PRIMARY, "half", CONTROL)
+    others = [key for key in _keys(PRIMARY, *CORE_ORDER) if key != recipe]
     found = {
         "primary": primary(docstrings),
+        "headline": headline(docstrings),
+        "secondary": beside(docstrings, others, recipe),
+        "robustness": beside(docstrings, cycles, row_key("paired", ALL, 0)),
         "core": measured(docstrings, core, MEASURES),
         "health": measured(docstrings, core, HEALTH),
         "pairs-ce": by_pairs(docstrings, "l2t_ce_true"),
@@ -468,11 +500,13 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "search": search_table(docstrings),
         "decays": decays(docstrings),
         "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
-        "controls": beside(docstrings, explored, _key(CONTROL, PRIMARY)),
-        "parts": beside(docstrings, explored, _key("half", PRIMARY)),
+        "controls": beside(docstrings, _keys(PRIMARY, *CONTROLS), control),
+        "encoded": beside(docstrings, [_key("encoded_cycle", PRIMARY)], _key("encoded", PRIMARY)),
+        "parts": beside(docstrings, _keys(PRIMARY, *PARTS), recipe),
+        "priors": beside(docstrings, _keys(PRIMARY, *PRIORS), recipe),
         "baselines": baselines_table(docstrings),
-        "seed-matrix": measured(docstrings, seeds[: len(SEED_MATRIX)], MEASURES),
-        "seed-matrix-all": measured(docstrings, seeds[len(SEED_MATRIX) :], MEASURES),
+        "seed-matrix": measured(docstrings, seeds, MEASURES),
+        "seed-matrix-all": measured(docstrings, whole, MEASURES),
         "compute": costs(docstrings, _keys(PRIMARY, CONTROL, *FEWER)),
         "hours": hours(docstrings, glosses),
     }
@@ -503,9 +537,11 @@ def main() -> None:
     docstrings = Results(options.results / "docstrings")
     other = options.results / "glosses"
     glosses = Results(other) if other.exists() else None
-    template = (DOCS / "evidence.md").read_text()
+    template, parts = (DOCS / "evidence.md").read_text(), blocks(docstrings, glosses)
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(fill(template, blocks(docstrings, glosses)))
+    options.page.write_text(fill(template, parts))
+    if options.page == DOCS / "evidence.md":
+        README.write_text(fill(README.read_text(), parts))
     images = options.page.parent / "images"
     plots.against_pairs(docstrings, images / "evidence-pairs.svg")
     plots.curves(docstrings, images / "evidence-curves.svg")

@@ -17,16 +17,17 @@ COLOURS = {
     "unimodal": "#1f77b4",
     "pseudo": "#9467bd",
     "half": "#d62728",
+    "both": "#2ca02c",
     "straight_through": "#ff7f0e",
 }
 matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same file
 
 
 def against_pairs(results: Results, path: Path) -> None:
-    """Cross-entropy and R@10 against the number of pairs, with bands, and what cycles are worth."""
+    """Cross-entropy and R@1 against the number of pairs, with bands, and what cycles are worth."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     compared = Compared(results)
-    for axis, measure in zip(axes, ("l2t_ce_true", "t2l_r10"), strict=True):
+    for axis, measure in zip(axes, ("l2t_ce_true", "t2l_r1"), strict=True):
         for row in CORE_ORDER:
             share = 0 if ROWS[row].unpaired == "none" else 100
             budgets = (*BUDGETS, 6000, ALL) if row == "paired" else BUDGETS
@@ -63,8 +64,11 @@ def _arrow(axis: Axes, compared: Compared, key: Key, measure: str) -> None:
     arrow = {"arrowstyle": "->", "ls": "--", "color": colour}
     axis.annotate("", (worth.value, value), (key[1], value), arrowprops=arrow)
     middle = (worth.value * key[1]) ** 0.5
-    axis.annotate(f"worth {round(worth.value, -1):,.0f} pairs", (middle, value), ha="center",
-                  va="bottom", fontsize=8, color=colour)  # fmt: skip
+    axis.annotate(
+        f"worth {round(worth.value, -1):,.0f} pairs", (middle, value), (0, 9),
+        textcoords="offset points", ha="center", fontsize=8, color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+    )  # fmt: skip
 
 
 def curves(results: Results, path: Path) -> None:
