@@ -53,14 +53,14 @@ def test_every_cell_leaves_measures_and_its_configuration(options):
         result = json.loads(path_of(cell, options.out).read_text())
         assert result["cell"] == cell.__dict__ and result["key"] == cell.key
         assert result["objectives"][0]["text_process"]
-        assert result["measures"]["l2t_ce_true"] > 0 and len(result["each"]["rank"]) == 500
+        assert result["measures"]["l2t_ce_true"] > 0 and len(result["each"]["rank"]) > 100
         assert result["training"]["flops"] > 0
 
 
 def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(options, capsys):
     todo = list(cells())
     before = {cell: path_of(cell, options.out).stat().st_mtime_ns for cell in todo}
-    changed = replace(todo[3], learning_rate=4e-3)
+    changed = replace(todo[3], cap=2 * CAP)
     assert ablation.run_all([*todo[:3], changed, *todo[4:]], options) == 0
     assert f"{len(todo)} cells, {len(todo) - 1} of them finished before" in capsys.readouterr().out
     for cell in todo:

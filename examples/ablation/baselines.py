@@ -21,9 +21,9 @@ BUDGETS = (300, 1000, 3000, 6000, ALL)
 def baselines(
     corpus: str, data: Sentences, encode: Encoder, seeds: Sequence[int] = SEEDS
 ) -> list[dict[str, float]]:
-    """Both baselines on every number of pairs and seed, measured on the test pairs."""
+    """Both baselines on every number of pairs there are and seed, measured on the test pairs."""
     found = []
-    for pairs in BUDGETS:
+    for pairs in (n for n in BUDGETS if n <= len(data.train)):
         for seed in seeds:
             # The regime is all that is read of the cell.
             cell = Cell(corpus, "paired", pairs, 0, seed, 0.0, 0.0, 0.0)

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     objectives = {
         "base": base,
         "control": replace(base, unconditional_weight=1.0),
-        "cycle": replace(base, cycle_text_weight=cv.ramp(2.0, warmup, warmup)),
+        "cycle": replace(base, cycle_text_weight=cv.ramp(4.0, warmup, warmup)),
     }
     print(
         f"{len(data.train):,} training sentences: {len(split.paired):,} pairs, "
