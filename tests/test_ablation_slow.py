@@ -39,6 +39,7 @@ def cells():
 def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     told = {"out": folder / "out", "cache": folder / "cache", "jobs": 2, "limit": LIMIT}
+    told["corpus"] = "docstrings"
     options = argparse.Namespace(**told)
     data = CORPORA["docstrings"].load(options.cache, LIMIT)
     results = options.out / "results" / "docstrings"

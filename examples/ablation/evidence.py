@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from bootstrap import Estimate, Resampled, Values, estimate, holm, pair_equivalents
-from matrix import ALL, BUDGETS, EXPLORATORY, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
+from matrix import ALL, BUDGETS, EXPLORATORY, FEW_SEEDS, PRIMARY, ROWS, SEED_MATRIX, TUNING_SEED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -96,8 +96,8 @@ class Results:
     def of(self, key: Key, seeds: Iterable[int] | None = None) -> list[dict[str, Any]]:
         return [r for r in self.cells[key] if seeds is None or r["cell"]["seed"] in set(seeds)]
 
-    def mean(self, key: Key, measure: str) -> float:
-        return float(np.mean([r["measures"][measure] for r in self.of(key)]))
+    def mean(self, key: Key, measure: str, seeds: Iterable[int] | None = None) -> float:
+        return float(np.mean([r["measures"][measure] for r in self.of(key, seeds)]))
 
 
 def _validation(found: Sequence[Mapping[str, Any]]) -> float:
@@ -184,15 +184,20 @@ def count_of(pairs: float, most: int) -> str:
     return f"over {most:,}" if np.isinf(pairs) else f"{round(pairs, -1):,.0f}"
 
 
-def measured(results: Results, keys: Sequence[Key], measures: Mapping[str, Measure]) -> str:
-    """Rows by measures, means over seeds."""
+def measured(
+    results: Results,
+    keys: Sequence[Key],
+    measures: Mapping[str, Measure],
+    seeds: Iterable[int] | None = None,
+) -> str:
+    """Rows by measures, means over seeds, or over some of them."""
     head = ["row", "pairs", *(_title(m) for m in measures.values()), "seeds"]
     rows = [
         [
             _label(key),
             f"{key[1] or results.train:,}",
-            *(f"{results.mean(key, name):{m.form}}" for name, m in measures.items()),
-            str(len(results.of(key))),
+            *(f"{results.mean(key, name, seeds):{m.form}}" for name, m in measures.items()),
+            str(len(results.of(key, seeds))),
         ]
         for key in keys
         if key in results
@@ -479,14 +484,15 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
     core = [*_keys(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
     explored = _keys(PRIMARY, *EXPLORATORY)
     seeds, whole = ([row_key(row, pairs, 0) for row in SEED_MATRIX] for pairs in (PRIMARY, ALL))
-    cycles = [key for key in whole if key[0].endswith("_cycle") or key[0] == "both_cycles"]
+    cycles = ("text_cycle", "latent_cycle", "both_cycles")
     recipe, control = _keys(PRIMARY, "half", CONTROL)
     others = [key for key in _keys(PRIMARY, *CORE_ORDER) if key != recipe]
     found = {
         "primary": primary(docstrings),
         "headline": headline(docstrings),
         "secondary": beside(docstrings, others, recipe),
-        "robustness": beside(docstrings, cycles, row_key("paired", ALL, 0)),
+        "robustness": beside(docstrings, _keys(ALL, *cycles), row_key("paired", ALL, 0)),
+        "joint-cycles": beside(docstrings, _keys(PRIMARY, *cycles), _key("paired_joint", PRIMARY)),
         "core": measured(docstrings, core, MEASURES),
         "health": measured(docstrings, core, HEALTH),
         "pairs-ce": by_pairs(docstrings, "l2t_ce_true"),
@@ -496,10 +502,12 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "equivalents": equivalents(docstrings),
         "gap": gap_closed(docstrings),
         "growth": growth(docstrings),
-        "costs": costs(docstrings, core),
+        "costs": costs(docstrings, [key for key in core if key[:2] != ("paired", ALL)]),
         "search": search_table(docstrings),
         "decays": decays(docstrings),
-        "exploratory": measured(docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES),
+        "exploratory": measured(
+            docstrings, [*_keys(PRIMARY, *CORE_ORDER), *explored], MEASURES, FEW_SEEDS
+        ),
         "controls": beside(docstrings, _keys(PRIMARY, *CONTROLS), control),
         "encoded": beside(docstrings, [_key("encoded_cycle", PRIMARY)], _key("encoded", PRIMARY)),
         "parts": beside(docstrings, _keys(PRIMARY, *PARTS), recipe),
@@ -511,10 +519,12 @@ def blocks(docstrings: Results, glosses: Results | None) -> dict[str, str]:
         "hours": hours(docstrings, glosses),
     }
     if glosses is None:
-        return found | dict.fromkeys(("glosses", "glosses-primary", "glosses-equivalents"), NOT_RUN)
+        names = ("glosses", "glosses-primary", "glosses-secondary", "glosses-equivalents")
+        return found | dict.fromkeys(names, NOT_RUN)
     return found | {
         "glosses": measured(glosses, core, MEASURES),
         "glosses-primary": primary(glosses),
+        "glosses-secondary": beside(glosses, others, recipe),
         "glosses-equivalents": equivalents(glosses),
     }
 
