@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "ablation"))
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
 from data import Sentences, Split
+from evidence import Results
 from matrix import (
     ALL,
     CORE,
@@ -175,6 +176,19 @@ def test_rows_that_the_search_says_nothing_about_run_with_both_decays():
         assert found == (
             {TUNED[tuned_as(row)]["weight_decay"]} if ROWS[row].unpaired == "real" else {0.1, 0.5}
         )
+
+
+@pytest.mark.parametrize(("row", "chosen"), [("half", 0.1), ("l2t_only", 0.5)])
+def test_the_weight_decay_that_counts_is_that_of_the_score_its_checkpoint_was_chosen_by(
+    tmp_path, row, chosen
+):
+    (tmp_path / "corpus.json").write_text('{"train": 5, "test_words": [1]}')
+    for decay, both, ce in ((0.1, [4.0, 2.0], [3.0]), (0.5, [3.0, 3.0], [2.0])):
+        told = replace(cell(row), weight_decay=decay)
+        result = {"cell": told.__dict__, "validation": {"both": both, "l2t_ce": ce}}
+        (tmp_path / f"{told.name}.json").write_text(json.dumps(result))
+    (found,) = Results(tmp_path).cells.values()
+    assert [each["cell"]["weight_decay"] for each in found] == [chosen]
 
 
 def test_the_second_corpus_runs_the_primary_test_on_seeds_that_nothing_was_tuned_on():

@@ -38,9 +38,9 @@ def cells():
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    told = {"out": folder / "out", "cache": folder / "cache", "jobs": 2, "limit": LIMIT}
-    told["corpus"] = "docstrings"
-    options = argparse.Namespace(**told)
+    options = argparse.Namespace(
+        out=folder / "out", cache=folder / "cache", jobs=2, limit=LIMIT, corpus="docstrings"
+    )
     data = CORPORA["docstrings"].load(options.cache, LIMIT)
     results = options.out / "results" / "docstrings"
     describe(data, results / "corpus.json")
@@ -83,7 +83,8 @@ def test_the_page_is_filled_from_the_results(options):
     assert "half cycle" in summary(results)
     parts = blocks(results, None)
     page = fill((ROOT / "docs" / "evidence.md").read_text(), parts)
-    for name in ("primary", "core", "health", "costs", "baselines", "controls"):
+    assert "1,000 + half cycle" in parts["headline"]
+    for name in ("primary", "core", "health", "costs", "baselines", "controls", "secondary"):
         assert f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- /{name} -->" in page
         assert "nan" not in parts[name]
 

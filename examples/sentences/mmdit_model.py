@@ -85,7 +85,6 @@ class JointMMDiT(JointTransformer):
         *,
         length: int,
         width: int = 128,
-        depth: int = 1,
         heads: int = 4,
         dropout: float = 0.2,
     ) -> None:
@@ -93,7 +92,7 @@ class JointMMDiT(JointTransformer):
         self.times = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = MMDiT(
-            depth=depth,
+            depth=1,
             dim_modalities=(width, width),
             dim_cond=width,
             dim_head=width // heads,
