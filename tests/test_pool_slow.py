@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cyclevae as cv
-from cyclevae.pool import pool_rows
+from cyclevae.pool import pool_counts, pool_rows
 from cyclevae.priors.moment import MomentForm, moment_prior
 from distributed import gather, run_ranks
 
@@ -71,6 +71,20 @@ def joined(prior, texts):
 def test_without_ranks_rows_are_returned_as_they_are():
     z = torch.randn(3, 2)
     assert pool_rows(z) is z
+
+
+def counts_worker(rank, world_size):
+    mine = [{"text": torch.tensor(float(rank)), "latent": torch.tensor(2.0)}] * (rank + 1)
+    pooled = pool_counts(mine)
+    ranks = range(world_size)
+    assert_exact(pooled["text"], torch.tensor(sum(r * (r + 1) for r in ranks) / world_size))
+    assert_exact(pooled["latent"], torch.tensor(sum(2.0 * (r + 1) for r in ranks) / world_size))
+    assert mine[0]["latent"] == 2.0  # not summed in place
+
+
+@every_world
+def test_counts_are_summed_over_uneven_parts_and_averaged_over_ranks(world_size):
+    run(counts_worker, world_size, world_size=world_size)
 
 
 def rows_worker(rank, shards):

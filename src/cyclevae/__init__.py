@@ -39,6 +39,7 @@ from cyclevae.passes import t2l as t2l
 from cyclevae.phases import Phases as Phases
 from cyclevae.phases import phases as phases
 from cyclevae.policies import PolicySchedule as PolicySchedule
+from cyclevae.pool import pool_counts as pool_counts
 from cyclevae.pool import pool_rows as pool_rows
 from cyclevae.priors import ddvi_sleep_loss as ddvi_sleep_loss
 from cyclevae.priors import ddvi_wake_kl as ddvi_wake_kl

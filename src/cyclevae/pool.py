@@ -1,5 +1,6 @@
-"""The rows of all ranks, so that a statistic of the batch is that of the joined batch."""
+"""The rows and counts of all ranks, so that a loss is that of the joined batch."""
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -43,11 +44,58 @@ def pool_rows(
         >>> pool_rows(z) is z  # one process
         True
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) <= 1:
+    if _ranks(group) <= 1:
         return z
     apart: Any = torch.compiler.disable  # at the call, because it imports dynamo; no annotations
     pooled: Tensor = apart(_pool)(z, group)
     return pooled
+
+
+def pool_counts(
+    counts: Sequence[Mapping[str, Tensor]], group: "dist.ProcessGroup | None" = None
+) -> dict[str, Tensor]:
+    """The denominators of an optimizer step: summed over its batches and ranks, over their number.
+
+    `counts[name] = 1/W Σ_ranks Σ_batches counts[name]`: with it, and with gradients that are
+    averaged over the `W` ranks, as DDP and FSDP do, the gradient of the step is that of all its
+    rows in one batch, however they are split. Do not divide the loss by the number of accumulation
+    steps then. One collective, in which every rank takes part.
+
+    Args:
+        counts: `CycleObjective.counts` of each batch that this rank accumulates.
+        group: the ranks to sum over; all of them if not given.
+
+    Raises:
+        ValueError: no batch, or batches that count different things.
+
+    Examples:
+        >>> from cyclevae import CycleObjective
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> objective = CycleObjective(*toy_denoiser(seed=0)[1:])
+        >>> batches = [toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]
+        >>> pool_counts([objective.counts(batch) for batch in batches])["latent_loss"]
+        tensor(20.)
+    """
+    if not counts:
+        raise ValueError("`counts` must hold those of one batch or more, got none")
+    names = list(counts[0])
+    for each in counts:
+        if each.keys() != counts[0].keys():
+            raise ValueError(
+                f"`counts` must be of one objective, got {sorted(counts[0])} and {sorted(each)}"
+            )
+    total = torch.stack([torch.stack([each[name] for name in names]) for each in counts]).sum(0)
+    if (ranks := _ranks(group)) > 1:
+        dist.all_reduce(total, group=group)
+        total /= ranks
+    return dict(zip(names, total.unbind(), strict=True))
+
+
+def _ranks(group: Any) -> int:
+    """How many ranks share a step: 1 where `torch.distributed` is not in use."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
 
 
 def _pool(z: Tensor, group: Any) -> Tensor:
