@@ -37,11 +37,15 @@ LAYERS = (
     {"phases"},
     {"diagnostics"},
     {"__init__"},
-    {"testing", "adapters"},
+    {"testing", "adapters", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # imported only where they are used
-OPTIONAL = {"diagnostics": {"matplotlib"}, "adapters": {"numpy", "omegaconf"}}
+OPTIONAL = {
+    "__main__": {"matplotlib"},
+    "diagnostics": {"matplotlib"},
+    "adapters": {"numpy", "omegaconf"},
+}
 FILES = sorted(SRC.rglob("*.py"))
 
 
@@ -161,7 +165,8 @@ def habits_broken(source):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_asserts_prints_or_postponed_annotations(path):
-    assert not habits_broken(path.read_text())
+    told = {"print"} if path.name == "__main__.py" else set()  # a command line speaks
+    assert habits_broken(path.read_text()) <= told
 
 
 def test_the_habit_check_can_fail():
