@@ -6,12 +6,13 @@ HOOK := --jaxtyping-packages=cyclevae,beartype.beartype
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help demo bench ablation ablation-full ablation-quick evidence test test-slow test-host lint docs mutate clean
+.PHONY: help demo recipes bench ablation ablation-full ablation-quick evidence test test-slow test-host lint docs mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make bench  times and bytes against other code, side by side (ARGS=--quick: a minute)"
 	@echo "make ablation   what cycles gain, five seeds (2.5 h on 2 cores; -quick: 10 min; -full: all)"
+	@echo "make recipes   every training loop of docs/recipes on the same data, and their table"
 	@echo "make evidence   tables and plots of docs/evidence.md from the stored results"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
@@ -36,6 +37,9 @@ ablation-full: ablation
 ablation-quick: .venv/demo
 	@$(BIN)/python examples/ablation/ablation.py --tier quick --out runs/ablation-quick $(ARGS)
 
+recipes: .venv/recipes
+	@$(BIN)/python examples/recipes/compare.py
+
 evidence: .venv/demo
 	@$(BIN)/python examples/ablation/evidence.py
 
@@ -43,7 +47,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules
 	$(BIN)/python -m pytest -m unhooked tests
 
-test-slow: .venv/test
+test-slow: .venv/test .venv/recipes
 	$(BIN)/python -m pytest -m slow tests
 
 test-host: .venv/host
@@ -78,5 +82,6 @@ EXTRAS_demo := demo
 EXTRAS_bench := demo,bench
 EXTRAS_test := test,demo
 EXTRAS_host := test,demo,host
+EXTRAS_recipes := recipes
 EXTRAS_dev := dev
 EXTRAS_mutate := test,demo,mutate

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -14,8 +15,10 @@ import cyclevae.diagnostics
 import cyclevae.testing
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+sys.path.append(str(ROOT / "examples" / "recipes"))
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 OPEN = re.compile(r"( *)```python\s*(.*)")
+INCLUDED = re.compile(r'--8<-- "(.+)"')  # a whole file, by pymdownx.snippets
 
 
 def blocks(text):
@@ -27,7 +30,8 @@ def blocks(text):
             indent, options = opening.groups()
             end = lines.index(f"{indent}```", number + 1)
             code = dedent("\n".join(lines[number + 1 : end]))
-            found.append((number + 1, options, code))
+            if not INCLUDED.fullmatch(code):
+                found.append((number + 1, options, code))
             number = end
         number += 1
     return found
@@ -44,7 +48,14 @@ def execute(name, text):
     return namespace
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def name_of(path):
+    return path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
+
+
+every_page = pytest.mark.parametrize("path", PAGES, ids=name_of)
+
+
+@every_page
 def test_the_code_of_a_page_runs(path):
     with torch.random.fork_rng([]):
         execute(str(path), path.read_text())
@@ -62,6 +73,16 @@ def test_few_blocks_are_sketches():
     options = [options for path in PAGES for _, options, _ in blocks(path.read_text())]
     assert set(options) <= {"", 'title="sketch"'}
     assert options.count('title="sketch"') <= 2
+
+
+def test_files_that_pages_include_are_there_and_run_as_recipes():
+    from compare import RECIPES
+
+    included = {ROOT / file for path in PAGES for file in INCLUDED.findall(path.read_text())}
+    assert all(path.is_file() for path in included), included
+    recipes = {ROOT / "examples" / "recipes" / f"{name.split()[0]}.py" for name in RECIPES}
+    config = {path for path in included if path.suffix == ".yaml"}
+    assert included - config == recipes | {ROOT / "examples" / "recipes" / "task.py"}
 
 
 PAGE = """\
@@ -145,7 +166,7 @@ def test_tests_that_a_page_names_are_in_their_file():
             assert f"\ndef {name}(" in source, (file, name)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@every_page
 def test_links_between_pages_lead_somewhere(path):
     """`mkdocs build --strict` checks this too, and anchors; this needs no mkdocs."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):

@@ -1,0 +1,76 @@
+"""A Hugging Face masked language model as a `Denoiser`: the latent is a token before the text."""
+
+import task
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
+
+import cyclevae as cv
+from cyclevae.testing import check_denoiser
+
+
+class LatentPrefix(nn.Module):
+    """Any masked language model that takes `inputs_embeds`.
+
+    The first position holds the noised latent and both times. What the model makes of it and of the
+    mean of the words becomes the latent prediction; the other positions give the logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, latent_dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.words = model.get_input_embeddings()
+        width = self.words.embedding_dim
+        self.latent_in = nn.Linear(latent_dim, width)
+        self.times = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
+        self.latent_out = nn.Linear(width, latent_dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        latents: Tensor,
+        *,
+        text_time: Tensor,
+        latent_time: Tensor,
+        attention_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        times = self.times(torch.stack([text_time, latent_time], dim=1).to(latents.dtype))
+        prefix = (self.latent_in(latents) + times)[:, None]
+        words = cv.embed_tokens(self.words.weight, tokens)  # ids, or a relaxed text
+        output = self.model(
+            inputs_embeds=torch.cat([prefix, words], dim=1),
+            attention_mask=nn.functional.pad(attention_mask, (1, 0), value=True).long(),
+            output_hidden_states=True,
+        )
+        hidden, keep = output.hidden_states[-1], attention_mask[..., None]
+        mean = (hidden[:, 1:] * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+        return output.logits[:, 1:], self.latent_out(hidden[:, 0] + mean)
+
+
+data = task.sentences()
+sizes = task.sizes(data)
+config = BertConfig(
+    vocab_size=sizes["vocab_size"],
+    max_position_embeddings=sizes["length"] + 1,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
+torch.manual_seed(0)
+network = LatentPrefix(BertForMaskedLM(config), sizes["latent_dim"])  # or a pretrained model
+denoiser, objective = cv.as_denoiser(network), task.make_objective(data)
+check_denoiser(denoiser, objective.text_process, objective.latent_process, relaxed=True)
+loader = DataLoader(task.Mixed(data), task.BATCH, shuffle=True)
+optimizer = torch.optim.AdamW(network.parameters(), task.LEARNING_RATE)
+step = 0
+for epoch in range(task.EPOCHS):
+    for fields in tqdm(loader, f"epoch {epoch}", leave=False):
+        output = objective(denoiser, cv.Batch(**fields), step=step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        step += 1
+task.report("masked_lm", task.measure(network, data, objective))
