@@ -76,7 +76,7 @@ def test_few_blocks_are_sketches():
 
 
 def test_files_that_pages_include_are_there_and_run_as_recipes():
-    from compare import RECIPES
+    from run_recipes import RECIPES
 
     included = {ROOT / file for path in PAGES for file in INCLUDED.findall(path.read_text())}
     assert all(path.is_file() for path in included), included

@@ -19,7 +19,7 @@ from cyclevae.testing._draws import SameDraws
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples" / "recipes"))
 
-import compare  # noqa: E402
+import run_recipes  # noqa: E402
 
 pytestmark = pytest.mark.slow
 RUNS = ROOT / "runs" / "recipes"
@@ -39,7 +39,7 @@ def plain(cache):
 
 
 def run(recipe, *arguments, **options):
-    return compare.result_of(compare.start(recipe, *arguments, **options))
+    return run_recipes.result_of(run_recipes.start(recipe, *arguments, **options))
 
 
 def assert_near(result, plain):
@@ -68,7 +68,7 @@ def test_ddp_that_is_killed_goes_on_where_it_was(plain, tmp_path):
     whole = run("ddp")
     assert_near(whole, plain)
     checkpoint = tmp_path / "checkpoint.pt"
-    process = compare.start("ddp", str(checkpoint), start_new_session=True)
+    process = run_recipes.start("ddp", str(checkpoint), start_new_session=True)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

@@ -106,5 +106,5 @@ def measure(network: nn.Module, data: Sentences, objective: cv.CycleObjective) -
 
 
 def report(recipe: str, result: dict[str, float]) -> None:
-    """One line of JSON on standard output, which `compare.py` and the tests read."""
+    """One line of JSON on standard output, which `run_recipes.py` and the tests read."""
     print(json.dumps({"recipe": recipe, **{key: round(x, 4) for key, x in result.items()}}))
