@@ -8,16 +8,19 @@ ARGS ?=
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
-.PHONY: help demo recipes bench ablation ablation-full ablation-quick evidence test test-slow test-min test-host lint docs mutate clean
+.PHONY: help demo recipes bench ablation ablation-full ablation-quick pitfalls evidence test test-slow test-min test-host lint docs dist ci mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make bench  times and bytes against other code, side by side (ARGS=--quick: a minute)"
 	@echo "make ablation   what cycles gain, five seeds (2.5 h on 2 cores; -quick: 10 min; -full: all)"
 	@echo "make recipes   every training loop of docs/recipes on the same data, and their table"
+	@echo "make pitfalls   fall into each pitfall of docs/pitfalls.md, and out again"
 	@echo "make evidence   tables and plots of docs/evidence.md from the stored results"
 	@echo "make test   the fast tests"
 	@echo "make test-slow lint docs   what .ci/run adds"
+	@echo "make ci     all of .ci/run on a clean clone of the last commit"
+	@echo "make dist   wheel and sdist, checked and tried"
 	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
 	@echo "make test-min   the fast tests at the oldest versions that are supported (several GB)"
 	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
@@ -43,6 +46,9 @@ ablation-quick: .venv/demo
 recipes: .venv/recipes
 	@$(BIN)/python examples/recipes/run_recipes.py
 
+pitfalls: .venv/demo
+	@$(BIN)/python examples/pitfalls/pitfalls.py $(ARGS)
+
 evidence: .venv/demo
 	@$(BIN)/python examples/ablation/evidence.py
 
@@ -50,7 +56,7 @@ test: .venv/test
 	$(PYTEST) -m "not slow and not unhooked" $(HOOK) src tests --doctest-modules
 	$(PYTEST) -m unhooked tests
 
-test-slow: .venv/test .venv/recipes
+test-slow: .venv/test .venv/recipes .venv/release
 	$(PYTEST) --dist loadfile -m slow tests
 
 test-min:  # several GB; what this torch lacks is skipped by name
@@ -71,6 +77,19 @@ lint: .venv/dev
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/release  # build, check, and run the wheel in an environment of its own
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel/bin/python -m cyclevae
+
+ci:  # .ci/run on the last commit, as on a new machine
+	rm -rf build/ci
+	git clone --quiet . build/ci
+	bash build/ci/.ci/run
 
 mutate: .venv/mutate
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
@@ -93,5 +112,6 @@ EXTRAS_bench := demo,bench
 EXTRAS_test := test,demo
 EXTRAS_host := test,demo,host
 EXTRAS_recipes := recipes
+EXTRAS_release := release
 EXTRAS_dev := dev
 EXTRAS_mutate := test,demo,mutate

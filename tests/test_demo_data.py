@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from oldest import needs_torch_2_6
+
 PATH = Path(__file__).parents[1] / "examples" / "sentences" / "data.py"
 _spec = importlib.util.spec_from_file_location("sentences_data", PATH)
 data = importlib.util.module_from_spec(_spec)
@@ -315,6 +317,7 @@ def test_dim_is_checked(dim, found):
         data.LatentNormaliser.fit(fake_encode(found[:40]), dim)
 
 
+@needs_torch_2_6("transformers 5 needs torch 2.6")
 def test_the_packaged_encoder(found, capfd):
     sentences = ["Open the file for reading.", "Opens a file so that it can be read.", *found[:98]]
     embeddings = data.encode(sentences)

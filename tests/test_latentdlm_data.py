@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from oldest import needs_torch_2_6
+
 PATH = Path(__file__).parents[1] / "examples" / "latentdlm" / "data.py"
 _spec = importlib.util.spec_from_file_location("latentdlm_data", PATH)
 data = importlib.util.module_from_spec(_spec)
@@ -144,6 +146,7 @@ def test_real_sentences_keep_their_split_and_their_latents(tmp_path, monkeypatch
     assert torch.equal(normaliser.scale, expected.normaliser.scale)
 
 
+@needs_torch_2_6("transformers 5 needs torch 2.6")
 def test_the_program(tmp_path):
     command = [sys.executable, str(PATH), str(tmp_path / "new"), "--toy", "--sentences", "50"]
     done = subprocess.run(command, capture_output=True, text=True)
