@@ -23,6 +23,7 @@ help:
 	@echo "make dist   wheel and sdist, checked and tried"
 	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
 	@echo "make test-min   the fast tests at the oldest versions that are supported (several GB)"
+	@echo "make clean  remove environments and what was built"
 	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
 
 demo: .venv/demo
