@@ -78,6 +78,8 @@ lint: .venv/dev
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@! grep -rE '(src|href)="(https?:)?//[^"]+[.](js|css|woff2?|svg|png)"' --include='*.html' site \
+		|| { echo "the pages above need a network to be read"; exit 1; }
 
 dist: .venv/release  # build, check, and run the wheel in an environment of its own
 	rm -rf dist build/wheel

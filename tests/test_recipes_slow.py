@@ -1,6 +1,7 @@
 """Every recipe of docs/recipes runs as a user runs it, and reaches what the plain loop reaches."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -33,13 +34,16 @@ def cache(tmp_path_factory):
     os.environ.setdefault("CYCLEVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+def run(recipe, *arguments):
+    return run_recipes.result_of(run_recipes.start(recipe, *arguments))
+
+
+once = functools.cache(run)  # what several tests look at
+
+
 @pytest.fixture(scope="module")
 def plain(cache):
-    return run("plain")
-
-
-def run(recipe, *arguments, **options):
-    return run_recipes.result_of(run_recipes.start(recipe, *arguments, **options))
+    return once("plain")
 
 
 def assert_near(result, plain):
@@ -49,7 +53,7 @@ def assert_near(result, plain):
 
 @pytest.mark.parametrize("recipe", ["lightning_module", "hydra_config", "trackers"])
 def test_the_same_draws_give_the_same_numbers(recipe, plain):
-    assert run(recipe) == plain
+    assert once(recipe) == plain
 
 
 @pytest.mark.parametrize("recipe", ["fsdp2", "hf_trainer", "accelerated", "two_networks"])
@@ -80,7 +84,8 @@ def test_ddp_that_is_killed_goes_on_where_it_was(plain, tmp_path):
     assert run("ddp", str(checkpoint)) == whole
 
 
-def test_lightning_logs_every_term(plain):
+def test_lightning_logs_every_term():
+    once("lightning_module")
     latest = max(
         (RUNS / "lightning").glob("version_*/metrics.csv"), key=lambda p: p.stat().st_mtime
     )
@@ -94,6 +99,7 @@ def test_lightning_logs_every_term(plain):
 def test_trackers_hold_every_term():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    once("trackers")
     folder = RUNS / "trackers"
     latest = max(folder.glob("events.*"), key=lambda path: path.stat().st_mtime)
     events = EventAccumulator(str(latest)).Reload()

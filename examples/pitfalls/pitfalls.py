@@ -203,7 +203,7 @@ def judge(pitfall: Pitfall, kind: str, watch: Callable[[], object]) -> Judged:
 
 def plot(pitfall: Pitfall, runs: dict[str, Judged], path: Path) -> None:
     """The loss that looks well, and the readings that tell."""
-    figure, (losses, readings) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (losses, readings) = pyplot.subplots(1, 2, figsize=(6.6, 2.8), layout="constrained")
     for shift, (kind, judged) in zip((-0.2, 0.2), runs.items(), strict=True):
         curve = [row[pitfall.loss] for row in judged.trained.history]
         losses.plot(range(0, pitfall.steps, 10), curve, color=COLOURS[kind], label=kind)

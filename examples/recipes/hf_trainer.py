@@ -1,7 +1,6 @@
 """Hugging Face `Trainer`: every term logged, and `num_items_in_batch` honoured."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import task
@@ -24,10 +23,8 @@ class CycleTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so the Trainer does not divide the loss again
         self.objective, self.terms = module.objective, defaultdict[str, list[Tensor]](list)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        samples, _ = super().get_batch_samples(*arguments)
         batches = [cv.Batch(**self._prepare_inputs(fields)) for fields in samples]
         return samples, cv.pool_counts([self.objective.counts(batch) for batch in batches])
 

@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 
 import hydra
+import plain
 import task
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import cyclevae as cv
 
@@ -28,17 +26,14 @@ def main(config: DictConfig) -> None:
     (folder / "objective.json").write_text(json.dumps(objective.to_config(), indent=2))
 
     network = task.make_network(data, config.seed)
-    denoiser = cv.as_denoiser(network)
-    loader = DataLoader(task.Mixed(data), config.batch, shuffle=True)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate)
-    step = 0
-    for epoch in range(config.epochs):
-        for fields in tqdm(loader, f"epoch {epoch}", leave=False):
-            output = objective(denoiser, cv.Batch(**fields), step=step)
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
-            step += 1
+    plain.train(
+        network,
+        objective,
+        data,
+        epochs=config.epochs,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+    )
     task.report("hydra_config", task.measure(network, data, objective))
 
 

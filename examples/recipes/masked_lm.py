@@ -1,10 +1,9 @@
 """A Hugging Face masked language model as a `Denoiser`: the latent is a token before the text."""
 
+import plain
 import task
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 import cyclevae as cv
@@ -63,14 +62,5 @@ torch.manual_seed(0)
 network = LatentPrefix(BertForMaskedLM(config), sizes["latent_dim"])  # or a pretrained model
 denoiser, objective = cv.as_denoiser(network), task.make_objective(data)
 check_denoiser(denoiser, objective.text_process, objective.latent_process, relaxed=True)
-loader = DataLoader(task.Mixed(data), task.BATCH, shuffle=True)
-optimizer = torch.optim.AdamW(network.parameters(), task.LEARNING_RATE)
-step = 0
-for epoch in range(task.EPOCHS):
-    for fields in tqdm(loader, f"epoch {epoch}", leave=False):
-        output = objective(denoiser, cv.Batch(**fields), step=step)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        step += 1
+plain.train(network, objective, data)
 task.report("masked_lm", task.measure(network, data, objective))
