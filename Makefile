@@ -58,7 +58,7 @@ test: .venv/test
 	$(PYTEST) -m unhooked tests
 
 test-slow: .venv/test .venv/recipes .venv/release
-	$(PYTEST) --dist loadfile -m slow tests
+	$(PYTEST) --dist loadfile --durations 15 -m slow tests
 
 test-min:  # several GB; what this torch lacks is skipped by name
 	test -x .venv-min/bin/python || $(PYTHON) -m venv .venv-min
