@@ -55,6 +55,13 @@ def judge(pitfall: Pitfall, kind: str, *, seed: int, watch: Callable[[], object]
     return Judged(trained, world, report)
 
 
+class Plain(LogFormatter):
+    """Labels where a log scale has few of them, without exponents."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return super().__call__(x, pos) and f"{x:g}"
+
+
 def plot(pitfall: Pitfall, runs: dict[str, Judged], path: Path) -> None:
     """The loss that looks well, above the readings that tell; as wide as a telephone shows."""
     count = len(pitfall.readings)
@@ -70,7 +77,7 @@ def plot(pitfall: Pitfall, runs: dict[str, Judged], path: Path) -> None:
         readings.bar_label(bars, fmt="%.2f", padding=3)
     losses.set_yscale("log")
     losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter(LogFormatter())  # only where there are few others
+    losses.yaxis.set_minor_formatter(Plain())
     losses.set(xlabel="step", title=f"{pitfall.loss} in training")
     losses.legend()
     losses.grid(alpha=0.3)
