@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "ablation"))
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
 from data import Sentences, Split
-from evidence import Results
+from evidence import Results, p_value
 from matrix import (
     ALL,
     CORE,
@@ -325,6 +325,11 @@ def test_p_is_small_only_away_from_0():
     far = Resampled.draw(5, 100).mean(random.normal(1.0, 1.0, size=(5, 100)))
     near = Resampled.draw(5, 100).mean(random.normal(0.0, 1.0, size=(5, 100)))
     assert far.p == pytest.approx(1e-4) and far.excludes_zero and near.p > 0.05
+
+
+def test_no_p_is_written_that_the_bootstrap_cannot_resolve():
+    assert p_value(0.0002) == "< 0.001"
+    assert p_value(0.001) == "0.0010" and p_value(0.3104) == "0.3104"
 
 
 def test_holm_on_the_example_of_a_textbook():

@@ -228,7 +228,7 @@ def primary(results: Results) -> str:
             f"{results.mean(control, name):{MEASURES[name].form}}",
             f"{results.mean(half, name):{MEASURES[name].form}}",
             interval(difference),
-            f"{adjusted:.4f}",
+            p_value(adjusted),
             verdict(difference, adjusted, MEASURES[name].better),
         ]
         for name, difference, adjusted in zip(names, found, holm([f.p for f in found]), strict=True)
@@ -257,6 +257,11 @@ def headline(results: Results) -> str:
         )
     titles = (_title(MEASURES[name]) for name in names)
     return table(["trained on", *titles, "decoder worth, pairs"], rows)
+
+
+def p_value(p: float) -> str:
+    """`p` as it is written; below 0.001, 10,000 draws of the bootstrap hardly resolve it."""
+    return "< 0.001" if p < 0.001 else f"{p:.4f}"
 
 
 def verdict(difference: Estimate, p: float, better: int) -> str:
