@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow lint docs   what .ci/run adds"
 	@echo "make ci     all of .ci/run on a clean clone of the last commit"
 	@echo "make dist   wheel and sdist, checked and tried"
-	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/host says which)"
+	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/adapters/host says which)"
 	@echo "make test-min   the fast tests at the oldest versions that are supported (several GB)"
 	@echo "make clean  remove environments and what was built"
 	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
@@ -69,7 +69,7 @@ test-min:  # several GB; what this torch lacks is skipped by name
 
 test-host: .venv/host
 	@test -n "$(CYCLEVAE_HOST)" || { echo "which host? make test-host CYCLEVAE_HOST=/path/to/LGDLM"; exit 1; }
-	CYCLEVAE_HOST="$(abspath $(CYCLEVAE_HOST))" $(BIN)/python -m pytest tests/host $(ARGS)
+	CYCLEVAE_HOST="$(abspath $(CYCLEVAE_HOST))" $(BIN)/python -m pytest tests/adapters/host $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check src tests examples docs

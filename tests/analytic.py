@@ -2,7 +2,7 @@
 
 import torch
 
-from cyclevae.denoiser import Denoised
+from cyclevae.model.denoiser import Denoised
 
 
 class Optimal:

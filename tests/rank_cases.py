@@ -1,14 +1,19 @@
-"""What the tests of ranks share: batches for uneven ranks, and objectives with every term.
+"""What the tests of ranks share: batches for uneven ranks, objectives with every term, wrappers.
 
 A module of its own, because the processes of the ranks import it.
 """
 
 from functools import partial
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import cyclevae as cv
-from cyclevae.testing import ToyNetwork
+from cyclevae.testing import ToyNetwork, check_denoiser
+from flat import flat
 from recipes import EVERY_TERM
 
 TEXT = cv.TextProcess(2, 7, pad_id=0)
@@ -102,6 +107,8 @@ PARTS = [
     [batch(3, 0, 0, width=6, seed=3), batch(2, 0, 0, width=2, seed=4)],
     [batch(2, 1, 0, seed=5)],
 ]
+FIRST_STEP = [batches[:1] for batches in PARTS]
+FROZEN = {"text_policy": cv.GradientPolicy(freeze=("text_head.*",))}
 
 
 def network(kind=ToyNetwork):
@@ -111,12 +118,38 @@ def network(kind=ToyNetwork):
 def module(objective=cv.CycleObjective, kind=ToyNetwork, **options):
     student = network(kind)
     teacher = cv.Teacher(network()) if options.get("prior") in ("learned", "ddvi") else None
-    objective = objective(TEXT, LATENT, **EVERY_TERM | options)
-    return cv.StepModule(cv.as_denoiser(student), objective, teacher)
+    told = flat(TEXT, LATENT, **EVERY_TERM | options)
+    whole = {name: getattr(told, name) for name in ("join_passes", "non_finite", "seed")}
+    told = objective(TEXT, LATENT, told.terms, **whole)
+    return cv.StepModule(cv.as_denoiser(student), told, teacher)
 
 
 def makes(*arguments, **options):
     return partial(module, *arguments, **options)
+
+
+# What training wraps around a step or a network
+
+FINDS_UNUSED = partial(DistributedDataParallel, find_unused_parameters=True)
+STATIC = partial(DistributedDataParallel, static_graph=True)
+fsdp2 = pytest.mark.skipif(
+    torch.__version__.startswith("2.5."), reason="FSDP2 of torch 2.5 needs CUDA"
+)
+
+
+def shard(network):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in (network.shared, network.text_head):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def fsdp(module):
+    shard(module.network)
+    check_denoiser(module.denoiser, TEXT, LATENT, dtype=torch.float64)
+    return module
 
 
 # Mistakes that the harness must find

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import cyclevae as cv
-from cyclevae.options import TERMS
 from cyclevae.testing import toy_denoiser
+from flat import WEIGHTS, flat
 
 _, TEXT, LATENT = toy_denoiser(seed=0)
 FULL = cv.GradientPolicy("full")
@@ -24,7 +24,7 @@ EVERY_TERM = {
 
 
 def only(*terms):
-    return {f"{term}_weight": float(term in terms) for term in TERMS}
+    return {f"{term}_weight": float(term in terms) for term in WEIGHTS}
 
 
 def prior(name, **options):
@@ -85,7 +85,7 @@ RECIPES = {
 
 def every_term(text_process, latent_process, **options):
     """An objective of the unconditional mode and both cycles, on all rows, unless told not."""
-    return cv.CycleObjective(text_process, latent_process, **EVERY_TERM | options)
+    return flat(text_process, latent_process, **EVERY_TERM | options)
 
 
 def recipe(options):

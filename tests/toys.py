@@ -5,7 +5,7 @@ import itertools
 import torch
 
 import cyclevae as cv
-from cyclevae.denoiser import Denoised
+from cyclevae.model.denoiser import Denoised
 
 TEXT = cv.TextProcess(mask_id=2, vocab_size=19, pad_id=0)
 PROCESSES = {"text_process": TEXT, "latent_process": cv.LatentProcess(prediction="x0", shape=(8,))}

@@ -10,33 +10,51 @@ ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the or
 SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 13), 100
 WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
 
-# Every option that a row may differ in is written out, whatever the library's defaults are.
-PLAIN: dict[str, Any] = {
-    "text_weight": 1.0,
-    "latent_weight": 5.0,
-    "unconditional_weight": 0.0,
-    "cycle_text_weight": 0.0,
-    "cycle_latent_weight": 0.0,
-    "cycle_pairs": False,
-    "base_text_time": 1.0,
-    "latent_bridge": {"noise": 0.0},
-    "text_bridge": "categorical",
-    "text_policy": "stop_gradient",
-    "latent_policy": "stop_gradient",
+# What a term is told where a row says no more, whatever the library's defaults are. Terms run, and
+# draw their random numbers, in this order.
+PLAIN: dict[str, dict[str, Any]] = {
+    "text": {"weight": 1.0, "time": 1.0},
+    "cycle_latent": {
+        "weight": {"weight": 1.0, **WAIT},
+        "bridge": "categorical",
+        "policy": "stop_gradient",
+        "pairs": False,
+    },
+    "text_marginal": {"weight": 0.01, "bridge": "gumbel"},
+    "latent": {"weight": 5.0, "time": 1.0},
+    "cycle_text": {
+        "weight": {"weight": 4.0, **WAIT},
+        "bridge": {"noise": 0.75},
+        "policy": "stop_gradient",
+        "pairs": False,
+    },
+    "prior": {"weight": 0.1},
+    "contrastive": {"weight": 0.1},
+    "unconditional": {"weight": 1.0},
 }
-UNIMODAL = {"unconditional_weight": 1.0}
-NOISE = {"latent_bridge": {"noise": 0.75}}
-PARTLY = {"base_text_time": {"distribution": "uniform"}}  # decoding in passes meets such texts
-HALF = {"cycle_text_weight": {"weight": 4.0, **WAIT}, **NOISE, **PARTLY}
-LATENT_CYCLE = {"cycle_latent_weight": {"weight": 1.0, **WAIT}}
+Terms = Mapping[str, Mapping[str, Any] | None]  # options by term; None leaves it out
+
+
+def merged(terms: Terms) -> dict[str, dict[str, Any]]:
+    """A row's terms, over the plain ones: the base losses, and what else it names."""
+    told = {"text": {}, "latent": {}} | terms
+    order = sorted(told, key=list(PLAIN).index)
+    return {name: PLAIN[name] | told[name] for name in order if told[name] is not None}
+
+
+PARTLY: Terms = {"text": {"time": {"distribution": "uniform"}}}  # decoding in passes meets these
+
+
+def half(**options: Any) -> Terms:
+    """The recipe, with other options of its cycle."""
+    return {**PARTLY, "cycle_text": options}
+
+
+UNIMODAL: Terms = {"unconditional": {}}
+LATENT_CYCLE: Terms = {"cycle_latent": {}}
+HALF = half()
 BOTH = {**HALF, **LATENT_CYCLE}
-ST = {
-    **BOTH,
-    "text_bridge": "straight_through",
-    "text_policy": {"bridge": "full"},
-    "latent_policy": {"bridge": "full"},
-}
-PAIRS_TOO = {"cycle_pairs": True}
+FULL = {"bridge": "full"}  # a gradient crosses
 
 Unpaired = Literal["none", "real", "corrupted", "encoded"]
 Extra = Literal["pseudo_pairs", "noised_latents", "teacher_bridge"]
@@ -48,35 +66,34 @@ class Row:
 
     Attributes:
         label: as tables and plots name it.
-        options: of the `CycleObjective`, those beside `PLAIN`, in the form of its `from_config`.
+        terms: of the `CycleObjective`, as in its `from_config`, but for what `PLAIN` says.
         unpaired: which unpaired data there is: none, the real one, one whose words are shuffled and
             whose latents are rotated, or one whose texts an encoder at hand has made pairs.
         extra: a loss beside the objective: see `row_loss`.
         teacher: the row whose best weights label the unpaired data, once.
-        modes: objectives that take turns, as options; drawn at random with `shuffled`.
+        modes: such terms of objectives that take turns; drawn at random with `shuffled`.
         select: the part of the joint score that chooses the checkpoint.
         ends: what ends it: the cap or early stopping, whichever comes first, or one of them alone.
         cost: expected time beside that of `paired`, for the progress bar alone.
     """
 
     label: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    terms: Terms = field(default_factory=dict)
     unpaired: Unpaired = "real"
     extra: Extra | None = None
     teacher: str | None = None
-    modes: tuple[Mapping[str, Any], ...] = ()
+    modes: tuple[Terms, ...] = ()
     shuffled: bool = False
     select: Literal["both", "text", "latent"] = "both"
     ends: Literal["both", "cap", "stop"] = "both"
     cost: float = 2.0
 
 
-_MODES = (
-    {"latent_weight": 0.0},
-    {"text_weight": 0.0},
-    {"text_weight": 0.0, "latent_weight": 0.0, **UNIMODAL},
+_MODES: tuple[Terms, ...] = (
+    {"latent": None},
+    {"text": None},
+    {"text": None, "latent": None, **UNIMODAL},
 )
-_PRIOR = {**HALF, "prior_weight": 0.1}
 
 ROWS: dict[str, Row] = {
     # the core
@@ -85,75 +102,82 @@ ROWS: dict[str, Row] = {
     "pseudo": Row("+ offline pseudo-pairs", PARTLY, extra="pseudo_pairs", teacher="unimodal"),
     "half": Row("+ half cycle (the recipe)", HALF),
     "both": Row("+ both half cycles", BOTH),
-    "straight_through": Row("+ straight-through cycles", ST),
+    "straight_through": Row(
+        "+ straight-through cycles",
+        {**half(policy=FULL), "cycle_latent": {"bridge": "straight_through", "policy": FULL}},
+    ),
     "oracle": Row("all pairs, until it stops", unpaired="none", ends="stop", cost=4.0),
     # exploratory: controls
     "paired_to_cap": Row("pairs only, trained to the cap", unpaired="none", ends="cap"),
     "paired_partly": Row("pairs only, text partly masked", PARTLY, unpaired="none"),
     "paired_joint": Row("pairs only, with the joint mode", UNIMODAL, unpaired="none"),
     "unimodal_long": Row("+ unimodal denoising, twice the cap", UNIMODAL, cost=3.0),
-    "half_on_pairs": Row("half cycle on the pairs", {**HALF, **PAIRS_TOO}, unpaired="none"),
+    "half_on_pairs": Row("half cycle on the pairs", half(pairs=True), unpaired="none"),
     "half_corrupted": Row("half cycle on corrupted data", HALF, unpaired="corrupted"),
     "noised": Row("L2T on noised latents", extra="noised_latents"),
-    "contrastive": Row("InfoNCE, no cycles", {"contrastive_weight": 0.1}),
+    "contrastive": Row("InfoNCE, no cycles", {"contrastive": {}}),
     "encoded": Row("every text encoded", unpaired="encoded"),
     "encoded_cycle": Row("every text encoded, + latent cycle", LATENT_CYCLE, unpaired="encoded"),
     # exploratory: parts of the recipe
-    "half_full_mask": Row("half cycle, text always masked", {**HALF, "base_text_time": 1.0}),
-    "half_weight_2": Row(
-        "half cycle of weight 2", {**HALF, "cycle_text_weight": {"weight": 2.0, **WAIT}}
-    ),
-    "half_no_noise": Row("half cycle without noise", {**HALF, "latent_bridge": {"noise": 0.0}}),
-    "half_less_noise": Row("half cycle, noise 0.4", {**HALF, "latent_bridge": {"noise": 0.4}}),
+    "half_full_mask": Row("half cycle, text always masked", {"cycle_text": {}}),
+    "half_weight_2": Row("half cycle of weight 2", half(weight={"weight": 2.0, **WAIT})),
+    "half_no_noise": Row("half cycle without noise", half(bridge={"noise": 0.0})),
+    "half_less_noise": Row("half cycle, noise 0.4", half(bridge={"noise": 0.4})),
     "half_steps": Row(
         "half cycle, latents in 4 passes",
-        {**HALF, "latent_bridge": {"noise": 0.75, "steps": 4}, "base_latent_time": None},
+        {**half(bridge={"noise": 0.75, "steps": 4}),
+         "latent": {"time": {"distribution": "uniform"}}},
     ),
     "half_teacher": Row("half cycle, latents of an average", PARTLY, extra="teacher_bridge"),
-    "half_all_rows": Row("half cycle on pairs too", {**HALF, **PAIRS_TOO}),
+    "half_all_rows": Row("half cycle on pairs too", half(pairs=True)),
     "half_joint": Row("half cycle + unimodal denoising", {**HALF, **UNIMODAL}),
-    "half_contrastive": Row("half cycle + InfoNCE", {**HALF, "contrastive_weight": 0.1}),
-    "half_full": Row("half cycle, gradient through z_hat", {**HALF, "text_policy": "full"}),
+    "half_contrastive": Row("half cycle + InfoNCE", {**HALF, "contrastive": {}}),
+    "half_full": Row("half cycle, gradient through z_hat", half(policy="full")),
     "half_full_late": Row(
         "half cycle, gradient through z_hat from step 900",
-        {**HALF, "text_policy": {"policies": [{"bridge": "detach"}, {"bridge": "full"}],
-                                 "starts": [0, 900]}},
+        half(policy={"policies": [{"bridge": "detach"}, FULL], "starts": [0, 900]}),
     ),
     "latent_only": Row("latent cycle alone", LATENT_CYCLE),
-    "both_argmax": Row("both half cycles, argmax texts", {**BOTH, "text_bridge": "argmax"}),
+    "both_argmax": Row(
+        "both half cycles, argmax texts", {**HALF, "cycle_latent": {"bridge": "argmax"}}
+    ),
     "both_unmask": Row(
         "both half cycles, texts in 6 passes",
-        {**BOTH, "text_bridge": {"name": "unmask", "steps": 6}},
+        {**HALF, "cycle_latent": {"bridge": {"name": "unmask", "steps": 6}}},
     ),
     "both_marginal": Row(
         "both cycles, relaxed texts that must be probable",
-        {**BOTH, "text_bridge": "gumbel", "latent_policy": "full", "text_marginal_weight": 0.01},
+        {**HALF, "cycle_latent": {"bridge": "gumbel", "policy": "full"}, "text_marginal": {}},
     ),
     # exploratory: priors on top of the recipe
-    "moment": Row("half cycle + moment prior", {**_PRIOR, "prior": "moment"}),
+    "moment": Row("half cycle + moment prior", {**HALF, "prior": {"prior": "moment"}}),
     "mmd": Row(
-        "half cycle + MMD prior",
-        {**_PRIOR, "prior": "mmd", "prior_options": {"standardize": True}},
+        "half cycle + MMD prior", {**HALF, "prior": {"prior": "mmd", "standardize": True}}
     ),
     "learned": Row(
         "half cycle + learned prior",
-        {**_PRIOR, **UNIMODAL, "prior": "learned", "prior_weight": 0.01,
-         "prior_options": {"weighting": "vdm"}},
+        {**HALF, **UNIMODAL, "prior": {"prior": "learned", "weight": 0.01, "weighting": "vdm"}},
     ),
-    "ddvi": Row("half cycle + DDVI", {**_PRIOR, **UNIMODAL, "prior": "ddvi", "prior_weight": 0.01}),
+    "ddvi": Row(
+        "half cycle + DDVI", {**HALF, **UNIMODAL, "prior": {"prior": "ddvi", "weight": 0.01}}
+    ),
     # exploratory: fewer cycles
-    "half_every_2": Row("half cycle on every 2nd step", {**HALF, "cycle_every": 2}),
-    "half_every_4": Row("half cycle on every 4th step", {**HALF, "cycle_every": 4}),
-    "half_fraction": Row("half cycle on half the rows", {**HALF, "cycle_fraction": 0.5}),
+    "half_every_2": Row("half cycle on every 2nd step", half(every=2)),
+    "half_every_4": Row("half cycle on every 4th step", half(every=4)),
+    "half_fraction": Row("half cycle on half the rows", half(fraction=0.5)),
     # the seed's matrix, on pairs
     "l2t_only": Row("L2T only", _MODES[0], unpaired="none", select="text", cost=1.0),
     "t2l_only": Row("T2L only", _MODES[1], unpaired="none", select="latent", cost=1.0),
     "unconditional": Row("unconditional", _MODES[2], unpaired="none", cost=1.0),
     "random": Row("random", modes=_MODES, shuffled=True, unpaired="none", cost=1.0),
     "sequential": Row("sequential", modes=_MODES, unpaired="none", cost=1.0),
-    "text_cycle": Row("+ text cycle", {**UNIMODAL, **HALF, **PAIRS_TOO}, "none"),
-    "latent_cycle": Row("+ latent cycle", {**UNIMODAL, **LATENT_CYCLE, **PAIRS_TOO}, "none"),
-    "both_cycles": Row("+ both cycles", {**UNIMODAL, **BOTH, **PAIRS_TOO}, "none"),
+    "text_cycle": Row("+ text cycle", {**UNIMODAL, **half(pairs=True)}, "none"),
+    "latent_cycle": Row("+ latent cycle", {**UNIMODAL, "cycle_latent": {"pairs": True}}, "none"),
+    "both_cycles": Row(
+        "+ both cycles",
+        {**UNIMODAL, **half(pairs=True), "cycle_latent": {"pairs": True}},
+        "none",
+    ),
 }  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
@@ -195,7 +219,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Changes with anything that the cell is told, so that no stale result is taken for it."""
-        told = {**asdict(self), "row": asdict(ROWS[self.row]), "plain": PLAIN}
+        told = {**asdict(self), "row": asdict(ROWS[self.row]), "plain": [*PLAIN.items()]}
         del told["row"]["label"], told["row"]["cost"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -220,10 +244,10 @@ def tuned_as(row: str) -> str:
     """The row whose search an exploratory row borrows: the nearest one of the core."""
     if row in CORE or row == "paired":
         return row
-    options, extra = ROWS[row].options, ROWS[row].extra
-    if extra == "teacher_bridge" or "cycle_text_weight" in options:
+    terms, extra = ROWS[row].terms, ROWS[row].extra
+    if extra == "teacher_bridge" or "cycle_text" in terms:
         return "half"
-    return "unimodal" if "unconditional_weight" in options else "paired"
+    return "unimodal" if "unconditional" in terms else "paired"
 
 
 def search(corpus: str, cap: float) -> Iterator[Cell]:

@@ -3,20 +3,23 @@
 import torch
 from batches import Drawn, texts_of
 from data import Regime, Split
-from matrix import HALF, NOISE, PLAIN, Row
+from matrix import PLAIN, Row, merged
 from torch import Tensor, nn
 
 import cyclevae as cv
 
-CROSSING = NOISE["latent_bridge"]["noise"]
+CYCLE = PLAIN["cycle_text"]
+CROSSING = CYCLE["bridge"]["noise"]
 Processes = tuple[cv.TextProcess, cv.LatentProcess]
 
 
 def objectives(row: Row, processes: Processes) -> list[cv.CycleObjective]:
     """The objectives of a row; more than one take turns."""
-    plain = cv.CycleObjective(*processes).to_config() | PLAIN
-    told = row.modes or (row.options,)
-    return [cv.CycleObjective.from_config({**plain, **options}) for options in told]
+    given = dict(zip(("text_process", "latent_process"), processes, strict=True))
+    return [
+        cv.CycleObjective.from_config({**given, "terms": merged(terms)})
+        for terms in row.modes or (row.terms,)
+    ]
 
 
 class RowLoss:
@@ -38,15 +41,15 @@ class RowLoss:
         self.turns = torch.Generator().manual_seed(seed)
         self.passes = 0
         self.processes = dict(zip(("text_process", "latent_process"), processes, strict=True))
-        weight = HALF["cycle_text_weight"]
+        weight = CYCLE["weight"]
         if row.extra != "teacher_bridge":
             weight = weight["weight"]  # there is no waiting for what is there from the start
-        taught = {"text_weight": weight, "latent_weight": 0.0}
+        taught = {"text": {"weight": weight}, "latent": None}
         (self.teach,) = objectives(Row("", taught), processes)
         self.teacher = None
         if row.extra == "teacher_bridge":
             self.teacher = cv.Teacher(network, decay=0.98)
-        elif any(o.prior in ("learned", "ddvi") for o in self.objectives):
+        elif any(objective.setting.reads_teacher for objective in self.objectives):
             self.teacher = cv.Teacher(network)
         self.encoder_error = 1.0  # the T2L mean squared error of the last step, averaged
 

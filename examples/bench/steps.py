@@ -2,12 +2,13 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from full import TERMS, WEIGHTS, changed
 from memory import PeakBytes, peak_bytes
 from mmdit_model import MMDiTDenoiser
 from plain import plain_step
@@ -20,37 +21,25 @@ from torch.utils.flop_counter import FlopCounterMode
 import cyclevae as cv
 
 MASK_ID = 1
-WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, "prior": 0.1}
-OPTIONS: dict[str, Any] = {
-    **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},
-    "cycle_pairs": True,
-    "base_text_time": 1.0,
-    "latent_bridge": cv.LatentBridge(),
-    "text_bridge": "argmax",
-    "prior": "moment",
-    "prior_options": {"estimator": "biased"},
-}
 
 
 def _as_it_is(denoiser: cv.Denoiser) -> cv.Denoiser:
     return denoiser
 
 
+LONG = {"bridge": cv.LatentBridge(steps=4)}
+HALF = changed(cycle_text={"fraction": 0.5}, cycle_latent={"fraction": 0.5})
 CHANGES: dict[str, tuple[dict[str, Any], Callable[[cv.Denoiser], cv.Denoiser]]] = {
-    "cycle_text_weight=0, cycle_latent_weight=0": (
-        {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}, _as_it_is
-    ),
-    "cycle_fraction=0.5": ({"cycle_fraction": 0.5}, _as_it_is),
+    "no cycles": ({"terms": [t for t in TERMS if not t.name.startswith("cycle")]}, _as_it_is),
+    "cycles with fraction=0.5": ({"terms": HALF}, _as_it_is),
     "checkpoint_passes": ({}, cv.checkpoint_passes),
-    "checkpoint_passes, cycle_fraction=0.5": ({"cycle_fraction": 0.5}, cv.checkpoint_passes),
+    "checkpoint_passes, cycles with fraction=0.5": ({"terms": HALF}, cv.checkpoint_passes),
     "join_passes=True": ({"join_passes": True}, _as_it_is),
-    "unconditional_weight=1": ({"unconditional_weight": 1.0}, _as_it_is),
-    "text_policy='full'": ({"text_policy": "full"}, _as_it_is),
-    "latent_bridge of 4 steps": (
-        {"latent_bridge": cv.LatentBridge(steps=4)}, _as_it_is
-    ),
-    "text_bridge='gumbel', latent_policy='full'": (
-        {"text_bridge": "gumbel", "latent_policy": "full"}, _as_it_is
+    "Unconditional()": ({"terms": [*TERMS, cv.Unconditional()]}, _as_it_is),
+    "CycleText(policy='full')": ({"terms": changed(cycle_text={"policy": "full"})}, _as_it_is),
+    "a latent bridge of 4 steps": ({"terms": changed(cycle_text=LONG, prior=LONG)}, _as_it_is),
+    "CycleLatent(bridge='gumbel', policy='full')": (
+        {"terms": changed(cycle_latent={"bridge": "gumbel", "policy": "full"})}, _as_it_is
     ),
 }  # fmt: skip
 
@@ -79,7 +68,8 @@ class Case:
         vocab_size: int = 30522,
         latent_dim: int = 384,
         dtype: torch.dtype = torch.float32,
-        **options: Any,
+        terms: Sequence[cv.Term] = TERMS,
+        join_passes: bool = False,
     ) -> None:
         torch.manual_seed(0)
         random.seed(0)  # mmdit draws by it which of its streams a block begins with
@@ -100,7 +90,8 @@ class Case:
         self.objective = cv.CycleObjective(
             cv.TextProcess(MASK_ID, vocab_size, pad_id=0),
             cv.LatentProcess("continuous_cosine"),
-            **OPTIONS | options,
+            terms,
+            join_passes=join_passes,
         )
         self.name = (
             f"{depth} x {width}, {rows} x {length} tokens, {str(dtype).removeprefix('torch.')}"
@@ -257,7 +248,7 @@ def joined(setting: Setting) -> Found:
     for width in (32,) if setting.quick else (64, 128, 256):
         for rows in (1, 2, 4):
             size = {"rows": rows, "length": 32, "width": width, "vocab_size": 1000}
-            size |= {f"{term}_weight": 0.0 for term in ("cycle_text", "cycle_latent", "prior")}
+            size |= {"terms": [cv.Text(time=1.0), cv.Latent()]}
             alone = Case(setting.device, **size)
             together = Case(setting.device, **size, join_passes=True)
             yield setting.time(

@@ -12,7 +12,7 @@ import cyclevae as cv
 from cyclevae.diagnostics import CycleReport
 
 LATENT = cv.LatentProcess("cosine", prediction="v", shape=(DIM,))
-FULL = cv.GradientPolicy(bridge="full")
+BASE: list[cv.Term] = [cv.Text(time=1.0), cv.Latent()]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Pitfall:
     """What goes wrong, what cures it, the loss that does not show it and the readings that do."""
 
     name: str
-    sick: dict[str, Any]  # options of the objective
-    cured: dict[str, Any]
+    sick: list[cv.Term]
+    cured: list[cv.Term]
     loss: str
     readings: dict[str, Reading]
     verdict: str | None = None  # of the report
-    both: dict[str, Any] = field(default_factory=dict)
+    sick_process: cv.LatentProcess = LATENT
+    bridge: cv.LatentBridge = field(default_factory=cv.LatentBridge)  # in use: of the report
     world: dict[str, Any] = field(default_factory=dict)
     steps: int = 600
     training: dict[str, Any] = field(default_factory=dict)  # of `train`, sick and cured
@@ -87,30 +88,48 @@ def cycle_error(masks: Callable[[Tensor], Tensor]) -> Reading:
     return reading
 
 
+def hidden(noise: float) -> list[cv.Term]:
+    """The terms under which a code hides in the latent, but for the noise that drowns it."""
+    return [
+        cv.Text(time=1.0),
+        cv.Latent(weight=lambda step: 10 ** (step / 270)),
+        cv.CycleText(weight=8.0, bridge=cv.LatentBridge(noise=noise), policy="full", pairs=True),
+    ]
+
+
+WEAK: list[cv.Term] = [cv.Text(weight=0.001, time=1.0), cv.Latent()]
+LATENT_CYCLE: list[cv.Term] = [
+    cv.Text(time=1.0),
+    cv.CycleLatent(weight=5.0),
+    cv.Latent(weight=1.0),
+]
+
 PITFALLS = {
     "ill-conditioned-bridge": Pitfall(
         "ill-conditioned bridge",
-        sick={"latent_process": cv.LatentProcess("cosine", prediction="epsilon", shape=(DIM,))},
-        cured={},
-        both={"cycle_text_weight": 0.0},
+        sick=BASE,
+        cured=BASE,
+        sick_process=cv.LatentProcess("cosine", prediction="epsilon", shape=(DIM,)),
         loss="latent_loss",
         readings={"words right on pairs": on_pairs, "words right in the cycle": in_cycle},
         verdict="ill-conditioned bridge",
     ),
     "feedback-loop": Pitfall(
         "feedback loop",
-        sick={"text_policy": FULL, "text_weight": 0.05, "latent_weight": 0.05},
-        cured={},
-        both={"cycle_text_weight": 4.0},
+        sick=[
+            cv.Text(weight=0.05, time=1.0),
+            cv.Latent(weight=0.05),
+            cv.CycleText(policy="full"),
+        ],
+        cured=[*BASE, cv.CycleText()],
         loss="cycle_text_loss",
         readings={"words right in the cycle": in_cycle, "words right on pairs": on_pairs},
         verdict="feedback loop",
     ),
     "ignored-latent": Pitfall(
         "ignored latent",
-        sick={"base_text_time": 0.15},
-        cured={},
-        both={"cycle_text_weight": 0.0},
+        sick=[cv.Text(time=0.15), cv.Latent()],
+        cured=BASE,
         world={"pairs": 4096, "twice": True, "scale": 0.007},
         steps=800,
         training={"learning_rate": 6e-3},
@@ -123,9 +142,8 @@ PITFALLS = {
     ),
     "collapse": Pitfall(
         "collapse",
-        sick={},
-        cured={},
-        both={"cycle_text_weight": 0.0, "text_weight": 0.001},
+        sick=WEAK,
+        cured=WEAK,
         world={"pairs": 4096, "noise": 0.3},
         training={"learning_rate": 1.2e-2},
         steps=800,
@@ -136,24 +154,16 @@ PITFALLS = {
     ),
     "scale-drift": Pitfall(
         "scale drift",
-        sick={"latent_distance": "cosine"},
-        cured={},
-        both={"cycle_text_weight": 0.0},
+        sick=[cv.Text(time=1.0), cv.Latent(distance="cosine")],
+        cured=BASE,
         loss="latent_loss",
         readings={"length of z_hat, 1 = true": length, "words right in the cycle": in_cycle},
         verdict="scale drift",
     ),
     "hidden-code": Pitfall(
         "hidden code",
-        sick={},
-        cured={"latent_bridge": cv.LatentBridge(noise=0.5)},
-        both={
-            "cycle_text_weight": 8.0,
-            "text_policy": FULL,
-            "cycle_pairs": True,
-            "latent_weight": lambda step: 10 ** (step / 270),
-            "latent_bridge": cv.LatentBridge(),
-        },
+        sick=hidden(noise=0.0),
+        cured=hidden(noise=0.5),
         world={"pairs": 4096, "carried": 1, "noise": 0.02},
         training={"learning_rate": 4e-3},
         steps=1000,
@@ -167,9 +177,8 @@ PITFALLS = {
     ),
     "hidden-lengths": Pitfall(
         "hidden lengths",
-        sick={},
-        cured={},
-        both={"cycle_text_weight": 0.0, "cycle_latent_weight": 5.0, "latent_weight": 1.0},
+        sick=LATENT_CYCLE,
+        cured=LATENT_CYCLE,
         world={"uneven": True},
         careless="true_lengths",
         loss="cycle_latent_loss",

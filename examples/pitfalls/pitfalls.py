@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices; and sums in one order
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -35,8 +34,8 @@ matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same f
 def judge(pitfall: Pitfall, kind: str, *, seed: int, watch: Callable[[], object]) -> Judged:
     """Train one of the two runs of a pitfall, and measure it."""
     world = make_world(seed=seed, **pitfall.world)
-    options = {"latent_process": LATENT, "base_text_time": 1.0, **pitfall.both}
-    objective = cv.CycleObjective(TEXT, **options | getattr(pitfall, kind))
+    process = pitfall.sick_process if kind == "sick" else LATENT
+    objective = cv.CycleObjective(TEXT, process, getattr(pitfall, kind))
     careless = {pitfall.careless: True} if pitfall.careless and kind == "sick" else {}
     how = {"steps": pitfall.steps, "seed": seed + 1, **pitfall.training, **careless}
     trained = train(objective, world, watch=watch, **how)
@@ -47,10 +46,10 @@ def judge(pitfall: Pitfall, kind: str, *, seed: int, watch: Callable[[], object]
         trained.denoiser,
         cv.Batch(tokens, mask, latents),
         text_process=TEXT,
-        latent_process=objective.latent_process,
+        latent_process=process,
         mean=stored.mean(dim=0),
         variance=stored.var(dim=0),
-        bridge=replace(objective.latent_bridge, noise=0.0),  # as in use
+        bridge=pitfall.bridge,
     )
     return Judged(trained, world, report)
 

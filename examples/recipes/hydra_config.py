@@ -1,6 +1,6 @@
 """Hydra: the objective from a YAML file and the command line.
 
-python examples/recipes/hydra_config.py objective.cycle_text_weight.weight=2
+python examples/recipes/hydra_config.py objective.terms.cycle_text.weight.weight=2
 """
 
 import json
@@ -10,7 +10,7 @@ import hydra
 import plain
 import task
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import cyclevae as cv
 
@@ -18,10 +18,9 @@ import cyclevae as cv
 @hydra.main(config_path="conf", config_name="config", version_base=None)
 def main(config: DictConfig) -> None:
     data = task.sentences()
-    processes = task.make_processes(data)  # ids and sizes follow from the data, not from a file
-    known = cv.CycleObjective(*processes).to_config()
-    options = OmegaConf.to_container(config.objective, resolve=True)
-    objective = cv.CycleObjective.from_config(known | options)
+    text_process, latent_process = task.make_processes(data)  # from the data, not from a file
+    given = {"text_process": text_process, "latent_process": latent_process}
+    objective = cv.CycleObjective.from_config(given | dict(config.objective))
     folder = Path(HydraConfig.get().runtime.output_dir)
     (folder / "objective.json").write_text(json.dumps(objective.to_config(), indent=2))
 

@@ -89,11 +89,8 @@ def make_processes(data: Sentences) -> tuple[cv.TextProcess, cv.LatentProcess]:
 
 def make_objective(data: Sentences) -> cv.CycleObjective:
     """The recommended recipe; the cycle waits for a quarter of the steps."""
-    return cv.CycleObjective(
-        *make_processes(data),
-        cycle_text_weight=cv.ramp(4.0, warmup_steps=STEPS // 4, ramp_steps=STEPS // 4),
-        latent_bridge=cv.LatentBridge(noise=0.75),
-    )
+    cycle = cv.CycleText(weight=cv.ramp(4.0, warmup_steps=STEPS // 4, ramp_steps=STEPS // 4))
+    return cv.CycleObjective(*make_processes(data), [cv.Text(), cv.Latent(), cycle])
 
 
 def measure(network: nn.Module, data: Sentences, objective: cv.CycleObjective) -> dict[str, float]:

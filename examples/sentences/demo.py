@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -71,12 +71,15 @@ def run(options: argparse.Namespace) -> int:
         mask_id=MASK, vocab_size=len(data.vocabulary), pad_id=PAD, special_ids=(UNK,)
     )
     latent_process = cv.LatentProcess("cosine", prediction="v", shape=(64,))
-    base = cv.CycleObjective(text_process, latent_process, cycle_text_weight=0.0)
     warmup = options.steps // 4  # first the pairs, until the directions know something to teach
-    objectives = {
+    base = [cv.Text(), cv.Latent()]
+    terms = {
         "base": base,
-        "control": replace(base, unconditional_weight=1.0),
-        "cycle": replace(base, cycle_text_weight=cv.ramp(4.0, warmup, warmup)),
+        "control": [*base, cv.Unconditional()],
+        "cycle": [*base, cv.CycleText(weight=cv.ramp(4.0, warmup, warmup))],
+    }
+    objectives = {
+        name: cv.CycleObjective(text_process, latent_process, each) for name, each in terms.items()
     }
     print(
         f"{len(data.train):,} training sentences: {len(split.paired):,} pairs, "

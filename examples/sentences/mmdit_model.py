@@ -8,8 +8,7 @@ from mmdit.mmdit_generalized_pytorch import MMDiT
 from model import JointTransformer
 from torch import Tensor, nn
 
-from cyclevae import Denoised
-from cyclevae.denoiser import embed_tokens
+from cyclevae import Denoised, embed_tokens
 
 
 class MMDiTDenoiser(nn.Module):

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cyclevae import Denoised
-from cyclevae.denoiser import embed_tokens
+from cyclevae import Denoised, embed_tokens
 
 
 class JointTransformer(nn.Module):

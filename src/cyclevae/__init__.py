@@ -1,68 +1,162 @@
 """Cycle losses, priors and gradient policies for bidirectional text/latent denoisers."""
 
-from cyclevae._checks import check_values as check_values
-from cyclevae.accumulate import two_pass as two_pass
-from cyclevae.base import l2t_loss as l2t_loss
-from cyclevae.base import latent_loss as latent_loss
-from cyclevae.base import min_snr_weight as min_snr_weight
-from cyclevae.base import t2l_loss as t2l_loss
-from cyclevae.base import text_loss as text_loss
-from cyclevae.batch import Batch as Batch
-from cyclevae.bridges import TextBridge as TextBridge
-from cyclevae.bridges import draw_lengths as draw_lengths
-from cyclevae.bridges import pseudo_text as pseudo_text
-from cyclevae.checkpointing import checkpoint_passes as checkpoint_passes
-from cyclevae.contrastive import infonce_loss as infonce_loss
-from cyclevae.contrastive import same_text as same_text
-from cyclevae.cycles import cycle_latent_loss as cycle_latent_loss
-from cyclevae.cycles import cycle_text_loss as cycle_text_loss
-from cyclevae.denoiser import Denoised as Denoised
-from cyclevae.denoiser import Denoiser as Denoiser
-from cyclevae.denoiser import EncoderDecoder as EncoderDecoder
-from cyclevae.denoiser import as_denoiser as as_denoiser
-from cyclevae.denoiser import embed_tokens as embed_tokens
-from cyclevae.gradient_policy import GradientPolicy as GradientPolicy
-from cyclevae.gradient_policy import detach as detach
-from cyclevae.gradient_policy import freeze as freeze
-from cyclevae.latent_bridges import LatentBridge as LatentBridge
-from cyclevae.latent_bridges import encode_text as encode_text
-from cyclevae.latent_process import LatentProcess as LatentProcess
-from cyclevae.latent_process import convert as convert
-from cyclevae.non_finite import skip_update as skip_update
-from cyclevae.objective import CycleObjective as CycleObjective
-from cyclevae.objective import StepModule as StepModule
-from cyclevae.objective import StepOutput as StepOutput
-from cyclevae.passes import joint as joint
-from cyclevae.passes import l2t as l2t
-from cyclevae.passes import l2t_and_t2l as l2t_and_t2l
-from cyclevae.passes import t2l as t2l
-from cyclevae.phases import Phases as Phases
-from cyclevae.phases import phases as phases
-from cyclevae.policies import PolicySchedule as PolicySchedule
-from cyclevae.pool import pool_counts as pool_counts
-from cyclevae.pool import pool_rows as pool_rows
-from cyclevae.priors import ddvi_sleep_loss as ddvi_sleep_loss
-from cyclevae.priors import ddvi_wake_kl as ddvi_wake_kl
-from cyclevae.priors import learned_prior as learned_prior
-from cyclevae.priors import mmd_prior as mmd_prior
-from cyclevae.priors import moment_prior as moment_prior
-from cyclevae.priors import sigreg_prior as sigreg_prior
-from cyclevae.rloo import rloo_surrogate as rloo_surrogate
-from cyclevae.rloo import text_log_prob as text_log_prob
-from cyclevae.roles import Roles as Roles
-from cyclevae.schedules import anneal as anneal
-from cyclevae.schedules import ramp as ramp
-from cyclevae.teacher import Teacher as Teacher
-from cyclevae.text_bridges import argmax_text as argmax_text
-from cyclevae.text_bridges import categorical_text as categorical_text
-from cyclevae.text_bridges import gumbel_text as gumbel_text
-from cyclevae.text_bridges import soft_text as soft_text
-from cyclevae.text_bridges import straight_through_text as straight_through_text
-from cyclevae.text_marginal import text_marginal_loss as text_marginal_loss
-from cyclevae.text_process import TextProcess as TextProcess
-from cyclevae.times import TimePolicy as TimePolicy
-from cyclevae.unconditional import UnconditionalLoss as UnconditionalLoss
-from cyclevae.unconditional import unconditional_loss as unconditional_loss
-from cyclevae.unmasking import unmask_text as unmask_text
+from cyclevae._base.checks import check_values
+from cyclevae.bridges.latent import LatentBridge, encode_text
+from cyclevae.bridges.rloo import rloo_surrogate, text_log_prob
+from cyclevae.bridges.text import TextBridge, draw_lengths, pseudo_text
+from cyclevae.bridges.unmasking import unmask_text
+from cyclevae.bridges.words import (
+    argmax_text,
+    categorical_text,
+    gumbel_text,
+    soft_text,
+    straight_through_text,
+)
+from cyclevae.gradient_policy.contexts import detach, freeze, gate_params
+from cyclevae.gradient_policy.policy import GradientPolicy
+from cyclevae.gradient_policy.presets import PolicySchedule
+from cyclevae.gradient_policy.roles import Roles
+from cyclevae.losses.contrastive import infonce_loss, same_text
+from cyclevae.losses.cycle_latent import cycle_latent_loss
+from cyclevae.losses.cycle_text import cycle_text_loss
+from cyclevae.losses.latent import latent_loss, min_snr_weight, t2l_loss
+from cyclevae.losses.text import l2t_loss, text_loss
+from cyclevae.losses.text_marginal import text_marginal_loss
+from cyclevae.losses.unconditional import UnconditionalLoss, unconditional_loss
+from cyclevae.model.both import joint
+from cyclevae.model.denoiser import (
+    Denoised,
+    Denoiser,
+    EncoderDecoder,
+    as_denoiser,
+    embed_tokens,
+)
+from cyclevae.model.passes import l2t, l2t_and_t2l, t2l
+from cyclevae.model.teacher import Teacher
+from cyclevae.objective.batch import Batch
+from cyclevae.objective.in_turn import Phases
+from cyclevae.objective.module import StepModule
+from cyclevae.objective.objective import CycleObjective
+from cyclevae.objective.output import StepOutput
+from cyclevae.objective.requests import Decode, Encode, Own
+from cyclevae.objective.rows import Share
+from cyclevae.objective.step import Step
+from cyclevae.objective.term import Term
+from cyclevae.objective.terms import (
+    Contrastive,
+    CycleLatent,
+    CycleText,
+    Latent,
+    Prior,
+    Sleep,
+    Text,
+    TextMarginal,
+    Unconditional,
+)
+from cyclevae.priors import (
+    ddvi_sleep_loss,
+    ddvi_wake_kl,
+    learned_prior,
+    mmd_prior,
+    moment_prior,
+    sigreg_prior,
+)
+from cyclevae.processes.latent import LatentProcess, convert
+from cyclevae.processes.schedules import anneal, ramp, take_turns
+from cyclevae.processes.text import TextProcess
+from cyclevae.processes.times import TimePolicy
+from cyclevae.recipes import phases
+from cyclevae.scale.accumulate import two_pass
+from cyclevae.scale.checkpointing import checkpoint_passes
+from cyclevae.scale.non_finite import skip_update
+from cyclevae.scale.pool import pool_counts, pool_rows
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+__all__ = [
+    "Batch",
+    "Contrastive",
+    "CycleLatent",
+    "CycleObjective",
+    "CycleText",
+    "Decode",
+    "Denoised",
+    "Denoiser",
+    "Encode",
+    "EncoderDecoder",
+    "GradientPolicy",
+    "Latent",
+    "LatentBridge",
+    "LatentProcess",
+    "Own",
+    "Phases",
+    "PolicySchedule",
+    "Prior",
+    "Roles",
+    "Share",
+    "Sleep",
+    "Step",
+    "StepModule",
+    "StepOutput",
+    "Teacher",
+    "Term",
+    "Text",
+    "TextBridge",
+    "TextMarginal",
+    "TextProcess",
+    "TimePolicy",
+    "Unconditional",
+    "UnconditionalLoss",
+    "anneal",
+    "argmax_text",
+    "as_denoiser",
+    "categorical_text",
+    "check_values",
+    "checkpoint_passes",
+    "convert",
+    "cycle_latent_loss",
+    "cycle_text_loss",
+    "ddvi_sleep_loss",
+    "ddvi_wake_kl",
+    "detach",
+    "draw_lengths",
+    "embed_tokens",
+    "encode_text",
+    "freeze",
+    "gate_params",
+    "gumbel_text",
+    "infonce_loss",
+    "joint",
+    "l2t",
+    "l2t_and_t2l",
+    "l2t_loss",
+    "latent_loss",
+    "learned_prior",
+    "min_snr_weight",
+    "mmd_prior",
+    "moment_prior",
+    "phases",
+    "pool_counts",
+    "pool_rows",
+    "pseudo_text",
+    "ramp",
+    "rloo_surrogate",
+    "same_text",
+    "sigreg_prior",
+    "skip_update",
+    "soft_text",
+    "straight_through_text",
+    "t2l",
+    "t2l_loss",
+    "take_turns",
+    "text_log_prob",
+    "text_loss",
+    "text_marginal_loss",
+    "two_pass",
+    "unconditional_loss",
+    "unmask_text",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cyclevae as cv
-from cyclevae._table import table
+from cyclevae._base.table import table
 from cyclevae.diagnostics import CycleReport, cycle_report
 
 WORDS = (  # one line a position
@@ -130,7 +129,7 @@ def train(name: str, world: World, objective: cv.CycleObjective, seed: int) -> R
         output.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % (STEPS // 24) == 0:
-            right = decode(network, objective, world.held_out) == world.held_out.tokens
+            right = decode(network, objective.text_process, world.held_out) == world.held_out.tokens
             curve.append((step, right.float().mean().item()))
             _progress(f"{name:<16} step {step:>3} of {STEPS}  held-out words {curve[-1][1]:.0%}")
     _progress()
@@ -138,9 +137,8 @@ def train(name: str, world: World, objective: cv.CycleObjective, seed: int) -> R
 
 
 @torch.no_grad()
-def decode(network: nn.Module, objective: cv.CycleObjective, pairs: Pairs) -> Tensor:
+def decode(network: nn.Module, text_process: cv.TextProcess, pairs: Pairs) -> Tensor:
     """The texts `[b, s]` that L2T writes for the latents of pairs."""
-    text_process = objective.text_process
     logits = cv.l2t(
         cv.as_denoiser(network), pairs.latents, pairs.attention_mask, text_process=text_process
     )
@@ -182,14 +180,13 @@ def tour(seed: int, picture: Path) -> None:
     world = make_world(seed)
     text_process = cv.TextProcess(mask_id=MASK, vocab_size=len(VOCABULARY), pad_id=PAD)
     latent_process = cv.LatentProcess("cosine", prediction="v", shape=(DIM,))
-    cycle = cv.CycleObjective(
-        text_process,
-        latent_process,
-        cycle_text_weight=cv.ramp(4.0, WARMUP, WARMUP),
-        latent_bridge=cv.LatentBridge(noise=0.3),
-        base_text_time=1.0,
-    )
-    objectives = {"pairs alone": replace(cycle, cycle_text_weight=0.0), "with the cycle": cycle}
+    bridge = cv.LatentBridge(noise=0.3)
+    pairs = [cv.Text(time=1.0), cv.Latent()]
+    cycle = cv.CycleText(weight=cv.ramp(4.0, WARMUP, WARMUP), bridge=bridge)
+    objectives = {
+        "pairs alone": cv.CycleObjective(text_process, latent_process, pairs),
+        "with the cycle": cv.CycleObjective(text_process, latent_process, [*pairs, cycle]),
+    }
     print(
         f"cyclevae {cv.__version__}: sentences of {LENGTH} words, {CHOICES} choices for each; "
         f"latents of {DIM} numbers.\n{PAIRS} pairs of text and latent, {TEXTS:,} texts without "
@@ -201,10 +198,10 @@ def tour(seed: int, picture: Path) -> None:
         cv.Batch(*world.held_out),
         text_process=text_process,
         latent_process=latent_process,
-        bridge=cycle.latent_bridge,
+        bridge=bridge,
     )
     few = world.held_out.pick(slice(3))
-    written = [sentences(decode(run.network, cycle, few)) for run in runs.values()]
+    written = [sentences(decode(run.network, text_process, few)) for run in runs.values()]
     shares = [f"{run.curve[-1][1]:.0%}" for run in runs.values()]
     texts = [["latent of", *runs], *zip(sentences(few.tokens), *written, strict=True)]
     print(table([*texts, ["all words right", *shares]], left=True))

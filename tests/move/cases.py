@@ -285,7 +285,12 @@ OPEN_TURNS = [
     cv.PolicySchedule((FULL, _frozen("full", 1, None)), (0, 2), period=4),
     cv.PolicySchedule((_frozen("full", 0, None), FULL), (0, 5)),
 ]
-SHUT = ["stop_gradient", cv.GradientPolicy(), _frozen("detach", 0, None), _frozen("detach", 3, None)]
+SHUT = [
+    "stop_gradient",
+    cv.GradientPolicy(),
+    _frozen("detach", 0, None),
+    _frozen("detach", 3, None),
+]
 TURNS = [
     "alternating",
     cv.PolicySchedule((cv.GradientPolicy(), FULL), (0, 3)),

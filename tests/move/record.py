@@ -115,7 +115,9 @@ def _run(
     )
     result["gradients"] = _gradients(network, case.kind == "ranks")
     if case.kind == "plain" and "non_finite" not in case.options:
-        terms = (objective.losses if hasattr(objective, "losses") else objective.terms)(denoiser, batches[0], generator=generator(), **given)
+        terms = (objective.losses if hasattr(objective, "losses") else objective.terms)(
+            denoiser, batches[0], generator=generator(), **given
+        )
         result["terms"] = {name: _hex(term) for name, term in terms.items()}
     return result
 
@@ -123,6 +125,8 @@ def _run(
 def _summed(counts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Over batches and ranks, divided by the number of ranks, whose gradients are averaged."""
     names = sorted(counts[0])
+    if not names:
+        return {}
     total = torch.stack([torch.stack([each[name].double() for name in names]) for each in counts])
     total = total.sum(dim=0)
     if dist.is_initialized():

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cyclevae import _checks
-from cyclevae._types import Latents, Logits, Mask
-from cyclevae.denoiser import Denoiser, need_logits
-from cyclevae.gradient_policy import detach
-from cyclevae.text_process import TextProcess
+from cyclevae._base import checks
+from cyclevae._base.types import Latents, Logits, Mask
+from cyclevae.gradient_policy.contexts import detach
+from cyclevae.model.denoiser import Denoiser, need_logits
+from cyclevae.processes.text import TextProcess
 
 
 @contextmanager
@@ -56,9 +56,9 @@ def check_rows(name: str, z: Tensor) -> None:
 
 def check_pairs(tokens: Tensor, latents: Tensor, text_process: TextProcess) -> None:
     """Pairs are a text and a latent for each of at least 2 rows."""
-    _checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    _checks.check_latents("latents", latents)
-    _checks.check_rows("tokens", tokens, "latents", latents)
+    checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    checks.check_latents("latents", latents)
+    checks.check_rows("tokens", tokens, "latents", latents)
     check_rows("latents", latents)
 
 
@@ -66,7 +66,7 @@ def without_latent(
     denoiser: Denoiser, noise: Latents, mask: Mask, text_process: TextProcess
 ) -> Logits:
     """What the decoder says of a fully masked text where the latent is pure noise."""
-    tokens, full = text_process.fully_masked(mask), _checks.as_time("time", 1.0, noise)
+    tokens, full = text_process.fully_masked(mask), checks.as_time("time", 1.0, noise)
     output = denoiser.denoise(
         tokens, noise, text_time=full, latent_time=full, attention_mask=mask, need="logits"
     )

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._precision import fp32
-from cyclevae._types import Latents, Logits, Mask, MaskLike, Number, Tokens
-from cyclevae.denoiser import Denoiser
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.types import Latents, Logits, Mask, MaskLike, Number, Tokens
+from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.diagnostics._measuring import (
     check_pairs,
     measuring,
@@ -18,11 +18,12 @@ from cyclevae.diagnostics._measuring import (
     statistics,
     without_latent,
 )
-from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import draw_noise, l2t
-from cyclevae.priors._samples import Moment
-from cyclevae.text_process import TextProcess
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import l2t
+from cyclevae.priors.samples import Moment
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
 
 
 class Treatment(NamedTuple):
@@ -130,11 +131,11 @@ def cheat_test(
     check_pairs(tokens, latents, text_process)
     for name, sizes in (("noises", noises), ("grids", grids)):
         for size in sizes:
-            _checks.check_positive(name, size)
-    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+            checks.check_positive(name, size)
+    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if variance is None:
         _, variance = statistics(latents)
-    _checks.check_variance("variance", variance, latents.shape[1:])
+    checks.check_variance("variance", variance, latents.shape[1:])
     std = torch.as_tensor(variance).sqrt().to(fp32(latents)).expand(latents.shape[1:])
     generator = seeded(generator, latents)
     noise = draw_noise(len(latents), latent_process, at=latents, like=latents, generator=generator)
@@ -150,7 +151,7 @@ def cheat_test(
                 time=time,
                 noise=noise,
             )
-        _checks.check_same_shape("z_hat", z_hat, "latents", latents)
+        checks.check_same_shape("z_hat", z_hat, "latents", latents)
         crossing = bridge.noised(z_hat, generator=generator)
 
         def decoded(z: Tensor) -> float:

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._types import Latents
+from cyclevae._base import checks
+from cyclevae._base.types import Latents
 from cyclevae.diagnostics._measuring import check_rows
-from cyclevae.latent_process import direction
-from cyclevae.priors._samples import Moment, standard_form
+from cyclevae.priors.samples import Moment, standard_form
+from cyclevae.processes.latent import direction
 
 ACTIVE = 0.01  # a dimension with less than this share of the target's variance carries nothing
 
@@ -90,7 +90,7 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
         (3.0, 8, True)
     """
     z = z.detach().cpu()
-    _checks.check_latents("z", z, cure="has training diverged?")
+    checks.check_latents("z", z, cure="has training diverged?")
     rows = z.double().flatten(1)
     centered, v = standard_form(z.double(), mean, variance, "biased")
     mu = rows[0] - centered[0]
@@ -132,9 +132,9 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
         >>> found.recall < 0.2, found.hubness > 3, found.never > 0.8
         (True, True, True)
     """
-    _checks.check_same_shape("z_hat", z_hat, "latents", latents)
-    _checks.check_latents("z_hat", z_hat, cure="has training diverged?")
-    _checks.check_latents("latents", latents)
+    checks.check_same_shape("z_hat", z_hat, "latents", latents)
+    checks.check_latents("z_hat", z_hat, cure="has training diverged?")
+    checks.check_latents("latents", latents)
     check_rows("z_hat", z_hat)
     x, y = (part.detach().cpu().double().flatten(1) for part in (z_hat, latents))
     pool, own = torch.unique(y, dim=0, return_inverse=True)

@@ -8,9 +8,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from cyclevae._table import table
-from cyclevae._types import Scalar
-from cyclevae.gradient_policy import refuse_reentrant
+from cyclevae._base.table import table
+from cyclevae._base.types import Scalar
+from cyclevae.gradient_policy.gate import refuse_reentrant
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 
-from cyclevae import _checks
-from cyclevae._types import Number
-from cyclevae.base import latent_loss, t2l_loss, text_loss
-from cyclevae.batch import Batch, arrange
-from cyclevae.bridges import pseudo_text
-from cyclevae.denoiser import Denoiser
+from cyclevae._base import checks
+from cyclevae._base.types import Number
+from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
+from cyclevae.bridges.text import pseudo_text
 from cyclevae.diagnostics._measuring import measuring, seeded, statistics
 from cyclevae.diagnostics.cheat import cheat_test
 from cyclevae.diagnostics.health import latent_health, retrieval
 from cyclevae.diagnostics.probes import latent_probe, text_probe
 from cyclevae.diagnostics.report import CycleReport
-from cyclevae.latent_bridges import ONE_SHOT, LatentBridge, encode_text
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import draw_noise, l2t
-from cyclevae.priors._samples import Moment
-from cyclevae.text_process import TextProcess
+from cyclevae.losses.latent import latent_loss, t2l_loss
+from cyclevae.losses.text import text_loss
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import l2t
+from cyclevae.objective.arrange import arrange
+from cyclevae.objective.batch import Batch
+from cyclevae.priors.samples import Moment
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
 
 READABLE = 0.999  # where the gain at the time is infinite, z_hat is read here
 
@@ -108,7 +111,7 @@ def cycle_report(
         logits = l2t(denoiser, latents, mask, text_process=text_process)
         y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
         cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
-        _checks.check_latents("z_hat", z_hat, cure="has training diverged?")
+        checks.check_latents("z_hat", z_hat, cure="has training diverged?")
         base = t2l_loss(*pairs, time=time, noise=noise, **processes)
 
     total = latents.cpu().double().var(dim=0, correction=0).sum()  # the error of the mean

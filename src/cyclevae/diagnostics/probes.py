@@ -7,17 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._precision import fp32
-from cyclevae._types import Latents, MaskLike, Number, Time, Tokens
-from cyclevae.base import text_loss
-from cyclevae.denoiser import Denoiser
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
 from cyclevae.diagnostics._measuring import check_pairs, measuring, seeded, without_latent
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import draw_noise, l2t, t2l
-from cyclevae.priors._weighting import weighted_times
+from cyclevae.losses.text import text_loss
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import l2t, t2l
 from cyclevae.priors.learned import noise_error, without_text
-from cyclevae.text_process import TextProcess
+from cyclevae.priors.weighting import weighted_times
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
 
 
 class Probe(NamedTuple):
@@ -100,14 +101,14 @@ def text_probe(
         True
     """
     check_pairs(tokens, latents, text_process)
-    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if noise is None:
         generator = seeded(generator, latents)
         noise = draw_noise(
             len(latents), latent_process, at=latents, like=latents, generator=generator
         )
     else:
-        _checks.check_same_shape("noise", noise, "latents", latents)
+        checks.check_same_shape("noise", noise, "latents", latents)
     with measuring(denoiser):
         logits = {
             "right": l2t(denoiser, latents, mask, text_process=text_process),
@@ -183,7 +184,7 @@ def latent_probe(
         True
     """
     check_pairs(tokens, latents, text_process)
-    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     generator = seeded(generator, latents)
@@ -196,7 +197,7 @@ def latent_probe(
             len(repeated), latent_process, at=latents, like=repeated, generator=generator
         )
     else:
-        _checks.check_same_shape("noise", noise, "latents, repeated `samples` times,", repeated)
+        checks.check_same_shape("noise", noise, "latents, repeated `samples` times,", repeated)
     parts = []
     with measuring(denoiser):
         for drawn in zip(*(x.chunk(samples) for x in (times, weights, noise)), strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from cyclevae._table import table
+from cyclevae._base.table import table
 from cyclevae.diagnostics import verdicts
 from cyclevae.diagnostics.cheat import CheatTest
 from cyclevae.diagnostics.health import LatentHealth, Retrieval

@@ -65,8 +65,8 @@ def ignored_latent(gap: float, error: float, shuffled: float) -> Verdict:
         "ignored latent",
         _heard(gap, error, shuffled),
         f"another row's latent costs the decoder {gap:.3g} +- {error:.2g} of {shuffled:.3g} nats",
-        "raise `text_weight`, and keep the text fully masked in L2T: words that show let the "
-        "decoder do without",
+        "raise the weight of `Text`, and keep the text fully masked in L2T: words that show let "
+        "the decoder do without",
     )
 
 
@@ -77,7 +77,7 @@ def ignored_text(gap: float, error: float, right: float, shuffled: float) -> Ver
         _heard(gap, error, shuffled),
         f"z_hat misses {right:.3g} of the latents' variance, and {shuffled:.3g} (+- {error:.2g}) "
         "from another row's text",
-        "train T2L on pairs at the bridge's time, and raise `latent_weight`",
+        "train T2L on pairs at the bridge's time, and raise the weight of `Latent`",
     )
 
 
@@ -91,8 +91,8 @@ def collapse(z_hat: LatentHealth, latents: LatentHealth, found: Retrieval) -> Ve
         and found.never <= HUBS,
         f"z_hat has spread {z_hat.scale:.3g}, effective rank {z_hat.effective_rank:.3g} of "
         f"{latents.effective_rank:.3g}, and never retrieves {found.never:.0%} of the latents",
-        "a prior spreads it, as prior='mmd' with prior_options={'standardize': True}, and "
-        "`contrastive_weight` tells texts apart",
+        "a prior spreads it, as Prior('mmd', standardize=True), and Contrastive() tells texts "
+        "apart",
     )
 
 
@@ -109,7 +109,7 @@ def scale_drift(z_hat: LatentHealth, latent_error: float) -> Verdict:
         and z_hat.drift <= DRIFT,
         f"z_hat has {stretch:.3g} times the length and {z_hat.scale:.3g} times the spread of the "
         f"latents, and its mean is {z_hat.drift:.3g} standard deviations off",
-        "prior='moment' holds all three, and LatentBridge(norm=...) the length where a model was "
+        "Prior('moment') holds all three, and LatentBridge(norm=...) the length where a model was "
         "trained on directions alone",
     )
 
@@ -147,7 +147,7 @@ def feedback_loop(cheat: CheatTest, latent_error: float, cycle_latent_error: flo
         f"text: accuracy {cheat.cycle:.0%} in the cycle, {cheat.pairs:.0%} on pairs; latent: error "
         f"{cycle_latent_error:.3g} in the cycle, {latent_error:.3g} on pairs",
         "the directions agree on a code of their own: lower the cycles' weights or let their ramp "
-        "wait longer, raise `text_weight` and `latent_weight`, or add `contrastive_weight`",
+        "wait longer, raise the weights of `Text` and `Latent`, or add Contrastive()",
     )
 
 

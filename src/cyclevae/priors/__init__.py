@@ -7,9 +7,21 @@ never are, and reward contraction in small batches. The learned prior and the DD
 model's own distribution of latents, and are means over rows.
 """
 
+from collections.abc import Callable
+
+from cyclevae._base.types import Scalar
 from cyclevae.priors.ddvi import ddvi_sleep_loss as ddvi_sleep_loss
 from cyclevae.priors.ddvi import ddvi_wake_kl as ddvi_wake_kl
+from cyclevae.priors.learned import check_frozen as check_frozen
 from cyclevae.priors.learned import learned_prior as learned_prior
 from cyclevae.priors.mmd import mmd_prior as mmd_prior
 from cyclevae.priors.moment import moment_prior as moment_prior
 from cyclevae.priors.sliced import sigreg_prior as sigreg_prior
+
+PRIORS: dict[str, Callable[..., Scalar]] = {  # by the names that an objective knows
+    "moment": moment_prior,
+    "mmd": mmd_prior,
+    "sigreg": sigreg_prior,
+    "learned": learned_prior,
+    "ddvi": ddvi_wake_kl,
+}

@@ -4,19 +4,29 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._precision import fp32
-from cyclevae._reduce import reduce_latents
-from cyclevae._types import Count, Latents, Loss, MaskLike, Number, Reduction, Scalar, Time, Tokens
-from cyclevae.base import t2l_loss
-from cyclevae.bridges import pseudo_text
-from cyclevae.denoiser import Denoiser
-from cyclevae.gradient_policy import detach
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import l2t, t2l
-from cyclevae.priors._weighting import weighted_times
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import (
+    Count,
+    Latents,
+    Loss,
+    MaskLike,
+    Number,
+    Reduction,
+    Scalar,
+    Time,
+    Tokens,
+)
+from cyclevae.bridges.text import pseudo_text
+from cyclevae.gradient_policy.contexts import detach
+from cyclevae.losses.latent import t2l_loss
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import l2t, t2l
 from cyclevae.priors.learned import check_frozen, noise_error, without_text
-from cyclevae.text_process import TextProcess
+from cyclevae.priors.weighting import weighted_times
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TextProcess
 
 
 def ddvi_wake_kl(
@@ -69,7 +79,7 @@ def ddvi_wake_kl(
     https://arxiv.org/abs/2401.02739; this form is an adaptation.
 
     Examples:
-        >>> from cyclevae.teacher import Teacher
+        >>> from cyclevae import Teacher
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> tokens, mask, z_hat = toy_batch(seed=0)[:3]
@@ -81,12 +91,12 @@ def ddvi_wake_kl(
         (torch.Size([]), True)
     """
     check_frozen(teacher)
-    _checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
-    _checks.check_rows("z_hat", z_hat, "tokens", tokens)
-    mask = _checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
+    checks.check_rows("z_hat", z_hat, "tokens", tokens)
+    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if null_mask is not None:
-        _checks.check_rows("null_mask", null_mask, "tokens", tokens)
-        null_mask = _checks.as_mask("null_mask", null_mask, null_mask.shape)
+        checks.check_rows("null_mask", null_mask, "tokens", tokens)
+        null_mask = checks.as_mask("null_mask", null_mask, null_mask.shape)
     z_hat = z_hat.detach()
     time, weight = weighted_times(
         "likelihood",
@@ -166,9 +176,9 @@ def ddvi_sleep_loss(
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
     """
-    _checks.check_latents("latents", latents, latent_process.shape)
-    _checks.check_rows("attention_mask", attention_mask, "latents", latents)
-    mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    checks.check_latents("latents", latents, latent_process.shape)
+    checks.check_rows("attention_mask", attention_mask, "latents", latents)
+    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
     if y_hat is None:
         with detach():
             y_hat = pseudo_text(
@@ -179,8 +189,8 @@ def ddvi_sleep_loss(
                 generator=generator,
             )
     else:
-        _checks.check_tokens("y_hat", y_hat, text_process.vocab_size)
-        _checks.as_mask("attention_mask", mask, y_hat.shape)
+        checks.check_tokens("y_hat", y_hat, text_process.vocab_size)
+        checks.as_mask("attention_mask", mask, y_hat.shape)
     y_hat, mask = text_process.cut(y_hat, mask)
     return t2l_loss(
         denoiser,

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyclevae import _checks
-from cyclevae._precision import fp32
-from cyclevae._reduce import reduce_latents
-from cyclevae._types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
-from cyclevae.denoiser import Denoiser, need_latents
-from cyclevae.gradient_policy import detach
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import draw_noise
-from cyclevae.priors._weighting import Weighting, boundary_terms, weighted_times
-from cyclevae.text_process import TextProcess
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
+from cyclevae.gradient_policy.contexts import detach
+from cyclevae.model.denoiser import Denoiser, need_latents
+from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
 
 Form = Literal["cross_entropy", "score_difference", "score_distillation"]
 
@@ -97,7 +97,7 @@ def learned_prior(
     https://arxiv.org/abs/2106.05931; score distillation, https://arxiv.org/abs/2209.14988.
 
     Examples:
-        >>> from cyclevae.teacher import Teacher
+        >>> from cyclevae import Teacher
         >>> from cyclevae.testing import toy_batch, toy_denoiser
         >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
         >>> teacher = Teacher(denoiser.module).denoiser
@@ -110,9 +110,9 @@ def learned_prior(
         >>> loss.shape, z.grad.shape
         (torch.Size([]), torch.Size([3, 4]))
     """
-    _checks.check_choice("form", form, get_args(Form))
-    _checks.check_choice("weighting", weighting, get_args(Weighting))
-    _checks.check_nonnegative("posterior_std", posterior_std)
+    checks.check_choice("form", form, get_args(Form))
+    checks.check_choice("weighting", weighting, get_args(Weighting))
+    checks.check_nonnegative("posterior_std", posterior_std)
     if form == "score_difference" and posterior_std == 0:
         raise ValueError(
             "form='score_difference' compares the teacher with the posterior N(z, s^2 I) and needs "
@@ -125,9 +125,9 @@ def learned_prior(
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     check_frozen(teacher)
-    _checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
-    _checks.check_rows("attention_mask", attention_mask, "z", z)
-    mask = _checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
+    checks.check_rows("attention_mask", attention_mask, "z", z)
+    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
     z, mask = z.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
     mean = fp32(z)
     time, weight = weighted_times(
@@ -136,7 +136,7 @@ def learned_prior(
     if noise is None:
         noise = draw_noise(len(z), latent_process, at=z, like=mean, generator=generator)
     else:
-        _checks.check_same_shape("noise", noise, "z, repeated `samples` times,", z)
+        checks.check_same_shape("noise", noise, "z, repeated `samples` times,", z)
 
     alpha, sigma = latent_process.alpha_sigma(time)
     spread = (alpha.square() * posterior_std**2 + sigma.square()).sqrt()

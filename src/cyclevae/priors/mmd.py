@@ -7,11 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._precision import fp32, no_autocast
-from cyclevae._types import Latents, Number, Scalar
-from cyclevae.kernels import gaussian_kernel, imq_kernel, own_distances, squared_distances
-from cyclevae.priors._samples import Moment, standard_form
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32, no_autocast
+from cyclevae._base.types import Latents, Number, Scalar
+from cyclevae.priors.kernels import (
+    gaussian_kernel,
+    imq_kernel,
+    own_distances,
+    squared_distances,
+)
+from cyclevae.priors.samples import Moment, standard_form
 
 KernelName = Literal["gaussian", "imq"]
 MMDEstimator = Literal["unbiased", "biased", "linear"]
@@ -85,13 +90,13 @@ def mmd_prior(
         >>> mmd_prior(torch.zeros(64, 64), standardize=True) > 100  # collapsed
         tensor(True)
     """
-    _checks.check_choice("kernel", kernel, get_args(KernelName))
-    _checks.check_choice("estimator", estimator, get_args(MMDEstimator))
-    _checks.check_choice("bandwidth", bandwidth, get_args(Bandwidth))
+    checks.check_choice("kernel", kernel, get_args(KernelName))
+    checks.check_choice("estimator", estimator, get_args(MMDEstimator))
+    checks.check_choice("bandwidth", bandwidth, get_args(Bandwidth))
     if not scales:
         raise ValueError("`scales` must name at least one scale, got none")
     for scale in scales:
-        _checks.check_positive("scales", scale)
+        checks.check_positive("scales", scale)
     _check_one_target(mean, variance, covariance, reference)
     if standardize and (reference is not None or estimator == "biased"):
         raise ValueError(
@@ -160,7 +165,7 @@ def _along_axes(
     if covariance.shape != (d, d):
         raise ValueError(f"`covariance` must have shape [{d}, {d}], got {list(covariance.shape)}")
     covariance = fp32(covariance.detach())
-    if _checks.reads_values(covariance):
+    if checks.reads_values(covariance):
         skew = (covariance - covariance.T).abs().max()
         failed = torch.linalg.cholesky_ex(covariance).info
         if bool(failed) or not bool(skew <= 1e-5 * covariance.abs().max()):
@@ -173,10 +178,10 @@ def _along_axes(
 
 
 def _samples(reference: Float[Tensor, "m *n d"], z: Latents) -> Float[Tensor, "m D"]:
-    _checks.check_latents("reference", reference, z.shape[1:])
+    checks.check_latents("reference", reference, z.shape[1:])
     if len(reference) < 2:
         raise ValueError(f"`reference` needs at least 2 samples, got shape {list(reference.shape)}")
-    if _checks.reads_values(reference) and bool((reference == reference[:1]).all()):
+    if checks.reads_values(reference) and bool((reference == reference[:1]).all()):
         raise ValueError("`reference` must vary; all of its rows are equal")
     return fp32(reference.detach()).flatten(1)
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae import _checks
-from cyclevae._precision import fp32, no_autocast
-from cyclevae._types import Estimator, Latents, Number, Scalar
-from cyclevae.priors._samples import Moment, standard_form
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32, no_autocast
+from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae.priors.samples import Moment, standard_form
 
 MomentForm = Literal[
     "diagonal", "bures", "kl", "norm", "hinge", "covariance", "full_kl", "full_bures"
@@ -86,7 +86,7 @@ def moment_prior(
         >>> moment_prior(z, form="full_bures", covariance=torch.eye(2) * 2, estimator="biased")
         tensor(2.0000)
     """
-    _checks.check_choice("form", form, get_args(MomentForm))
+    checks.check_choice("form", form, get_args(MomentForm))
     x, v = standard_form(z, mean, variance, estimator)
     _check_use(x, form, variance, covariance, estimator, threshold)
     unbiased = estimator == "unbiased"
@@ -242,7 +242,7 @@ def _mean_log_det(k: int, d: int) -> Scalar:
 def _factor(covariance: Tensor, x: Samples) -> Float[Tensor, "D D"]:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(fp32(covariance))
-    if _checks.reads_values(covariance):
+    if checks.reads_values(covariance):
         skew = (covariance - covariance.T).abs().max()
         if bool(failed) or not bool(skew <= 1e-5 * covariance.abs().max()):
             raise ValueError(
@@ -272,7 +272,7 @@ def _check_use(
     threshold: Number,
 ) -> None:
     n, d = x.shape
-    _checks.check_positive("threshold", threshold)
+    checks.check_positive("threshold", threshold)
     if threshold != 1 and form != "hinge":
         raise ValueError(f"`threshold` is of the form 'hinge' only, got form {form!r}")
     if covariance is not None:

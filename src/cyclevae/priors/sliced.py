@@ -2,10 +2,10 @@
 
 import torch
 
-from cyclevae import _checks
-from cyclevae._precision import no_autocast
-from cyclevae._types import Estimator, Latents, Number, Scalar
-from cyclevae.priors._samples import Moment, standard_form
+from cyclevae._base import checks
+from cyclevae._base.precision import no_autocast
+from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae.priors.samples import Moment, standard_form
 
 
 def sigreg_prior(
@@ -60,7 +60,7 @@ def sigreg_prior(
         (True, True)
     """
     x, v = standard_form(z, mean, variance, estimator)
-    _checks.check_positive("bound", bound)
+    checks.check_positive("bound", bound)
     for name, value, least in (("directions", directions, 1), ("knots", knots, 2)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")

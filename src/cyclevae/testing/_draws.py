@@ -32,8 +32,8 @@ class SameDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         drawn = func(*args, **kwargs)
         kind = func.__name__
-        if kind not in _DRAWS or kwargs.get("generator") is not None:
-            return drawn
+        if kind not in _DRAWS or kwargs.get("generator") is not None or drawn.is_meta:
+            return drawn  # on `meta`: a run without data, which is made once for each shape
         if kind == "randint":
             rows = len(drawn) if drawn.ndim == 1 and args[0] == len(drawn) else None
             return drawn if rows is None else torch.arange(rows, device=drawn.device)

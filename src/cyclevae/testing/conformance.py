@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cyclevae._precision import fp32
-from cyclevae._types import Need
-from cyclevae.denoiser import Denoised, Denoiser, need_latents, need_logits
+from cyclevae._base.precision import fp32
+from cyclevae._base.types import Need
 from cyclevae.diagnostics._measuring import evaluating
-from cyclevae.latent_process import LatentProcess
-from cyclevae.passes import l2t, t2l
-from cyclevae.text_process import TextProcess
+from cyclevae.model.denoiser import Denoised, Denoiser, need_latents, need_logits
+from cyclevae.model.passes import l2t, t2l
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TextProcess
 
 
 def check_denoiser(

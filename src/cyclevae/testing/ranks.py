@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cyclevae._plan import LATENT_HALF, TEXT_HALF
-from cyclevae._prior import reads_teacher
-from cyclevae.batch import Batch
-from cyclevae.objective import CycleObjective, StepModule
-from cyclevae.phases import Phases
+from cyclevae.objective.batch import Batch
+from cyclevae.objective.in_turn import Phases
+from cyclevae.objective.module import StepModule
+from cyclevae.objective.objective import CycleObjective
 from cyclevae.testing._draws import SameDraws
 from cyclevae.testing._processes import run_ranks
 
@@ -120,9 +119,15 @@ def _joined_gradients(
         module = _make(make)
         _refuse_statistics(module, parts, step)
         batch = _double(join_batches([batch for batches in parts for batch in batches]))
-        # except where the objective itself draws which words count and divides by the expected ones
-        counts = module.objective.counts(batch)  # type: ignore[attr-defined]
-        counts = {name: counts[name] for name in ("unconditional_text_loss", "text_loss")}
+        # except where a term itself draws what counts and divides by the number to be expected
+        objective: Any = module.objective
+        counts = objective.counts(batch)
+        expected = [
+            term.metric(part)
+            for term in getattr(_at(objective, step), "terms", ())
+            for part in term.expected_counts
+        ]
+        counts = {name: counts[name] for name in expected if name in counts}
         with SameDraws():
             loss = module(batch, step, counts=counts).loss
         loss.backward()
@@ -249,38 +254,19 @@ def _need_lengths(parts: Sequence[Sequence[Batch]]) -> None:
 
 def _refuse_statistics(module: StepModule, parts: Sequence[Sequence[Batch]], step: int) -> None:
     """Refuse what is no sum over rows and must therefore depend on the split."""
-    objective = module.objective
-    if isinstance(objective, Phases):
-        objective = objective.at(step)
+    objective: Any = _at(module.objective, step)
     if not isinstance(objective, CycleObjective):
         return
-    terms = objective.weights(step)
-    if "contrastive" in terms:
-        raise ValueError(
-            "`contrastive_weight`: InfoNCE compares the pairs of one call, so that its gradient "
-            "depends on the split; set it to 0 here, and see two_pass"
-        )
-    if "prior" in terms and not reads_teacher(objective.prior):
-        if any(len(batches) > 1 for batches in parts):
-            raise ValueError(
-                f"`prior_weight`: prior={objective.prior!r} is a statistic of one call, so that "
-                "its gradient depends on the accumulation steps; set it to 0 here, and see two_pass"
-            )
-        if not objective.pool_prior:
-            raise ValueError(
-                f"`prior_weight`: prior={objective.prior!r} is a statistic of the batch of each "
-                "rank; set pool_prior=True, which makes it exact over ranks"
-            )
-    if "text" in terms and "text_loss" not in objective.counts(parts[0][0]):
-        raise ValueError(
-            "`base_text_time` has a cap that moves: each call divides by the words that it masks, "
-            "which depends on the split; give it a fixed cap here"
-        )
-    if objective.cycle_fraction < 1 and terms.keys() & {*TEXT_HALF, *LATENT_HALF}:
-        raise ValueError(
-            f"`cycle_fraction` = {objective.cycle_fraction!r} takes the first rows of each batch, "
-            "which depend on the split; set it to 1 here"
-        )
+    accumulates = any(len(batches) > 1 for batches in parts)
+    weights = objective.weights(step)
+    for term in objective.terms or ():
+        if term.name in weights and (why := term.depends_on_split(accumulates=accumulates)):
+            raise ValueError(f"`{term.name}`: {why}")
+
+
+def _at(objective: object, step: int) -> object:
+    """The objective of a step, where several follow each other."""
+    return objective.at(step) if isinstance(objective, Phases) else objective
 
 
 def _check_importable(name: str, function: Callable[..., object]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cyclevae.gradient_policy import refuse_reentrant
+from cyclevae.gradient_policy.gate import refuse_reentrant
 
 
 def assert_frozen(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]]) -> None:
@@ -25,7 +25,7 @@ def assert_frozen(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]
             sharded ones, or the aliases that `freeze` lends.
 
     Examples:
-        >>> from cyclevae.gradient_policy import freeze
+        >>> from cyclevae import freeze
         >>> layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
         >>> with freeze(layer):
         ...     y = layer(x)

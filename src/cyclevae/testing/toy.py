@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from cyclevae._types import Need
-from cyclevae.batch import Batch
-from cyclevae.denoiser import Denoised, ModuleDenoiser, as_denoiser, embed_tokens
-from cyclevae.latent_process import LatentProcess
-from cyclevae.roles import Roles
-from cyclevae.text_process import TextProcess
+from cyclevae._base.types import Need
+from cyclevae.gradient_policy.roles import Roles
+from cyclevae.model.denoiser import Denoised, ModuleDenoiser, as_denoiser, embed_tokens
+from cyclevae.objective.batch import Batch
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TextProcess
 
 
 class ToyNetwork(nn.Module):

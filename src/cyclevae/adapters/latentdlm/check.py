@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from cyclevae._table import table
+from cyclevae._base.table import table
 from cyclevae.adapters.latentdlm.host import HostDenoiser, latent_process_of
 from cyclevae.adapters.latentdlm.trainer import rows_of
-from cyclevae.base import latent_loss
 from cyclevae.diagnostics._measuring import measuring, statistics
 from cyclevae.diagnostics.health import latent_health
 from cyclevae.diagnostics.probes import Probe, text_probe
 from cyclevae.diagnostics.verdicts import STRETCH, SURE, ignored_latent
-from cyclevae.passes import draw_noise, t2l
-from cyclevae.text_process import TextProcess
+from cyclevae.losses.latent import latent_loss
+from cyclevae.model.passes import t2l
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
 
 CAP = 0.9  # where z_hat of an epsilon model is read: at full noise it is rounding alone
 TOLD = 0.1  # of the cosine that another row's text leaves open; below it z_hat tells no text

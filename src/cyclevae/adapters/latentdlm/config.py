@@ -1,26 +1,38 @@
 """The keys under `loss:` that the adapter reads, and the objective they mean."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from cyclevae import _checks
-from cyclevae._types import Number
+from cyclevae._base import checks
+from cyclevae._base.types import Number
 from cyclevae.adapters.latentdlm.host import latent_process_of, text_process_of
-from cyclevae.latent_process import LatentProcess
-from cyclevae.objective import CycleObjective
-from cyclevae.text_process import TaughtPadding
+from cyclevae.gradient_policy.presets import LATENT_POLICIES, TEXT_POLICIES
+from cyclevae.objective.config import parse
+from cyclevae.objective.objective import CycleObjective
+from cyclevae.objective.term import Weight
+from cyclevae.objective.terms.prior import Prior
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.schedules import Ramp, ramp, take_turns
+from cyclevae.processes.text import TaughtPadding
+from cyclevae.processes.times import TimePolicy
 
 MODES = ("unconditional", "l2t", "t2l", "random", "sequential")  # the host's own
 CYCLE = "cycle_vae"
 _HOSTS_OWN = ("loss_type", "loss_scale", "reduction", "use_cross_entropy", "text_kl_weight")
 _IDS = ("argmax", "categorical", "unmask", "rloo")
 _PADDING: dict[str, TaughtPadding] = {"host": "all", "first": "first", "exclude": "none"}
-_WITHOUT_A_TEACHER = ("moment", "mmd", "sigreg")
 _SIGNAL = 0.5  # of a latent's amplitude, above which pure noise does not pass for a noised latent
+_OPEN = ("full", "alternating")  # policies whose gradients cross the bridge
+_RENAMED = {  # paths in errors of the library, as keys of the host
+    r"terms\.\w+\.bridge\.": "loss.cycle_bridge_",
+    r"terms\.(cycle_\w+)(\.policy|(?=`))": r"loss.\1_policy",
+    r"terms`: prior: prior='\w+'": "loss.prior_options`",
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,10 @@ class LossKeys:
     cycle_latent_sampling: str = "argmax"
     cycle_latent_t_min: Number | None = None
     cycle_latent_t_max: Number = 1.0
-    cycle_latent_distance: str = "mse"
+    cycle_latent_distance: Literal["mse", "cosine", "normalized_mse"] = "mse"
     cycle_stop_grad_latent: bool = True
-    cycle_text_policy: str | None = None
-    cycle_latent_policy: str = "stop_gradient"
+    cycle_text_policy: str | Mapping[str, Any] | None = None
+    cycle_latent_policy: str | Mapping[str, Any] = "stop_gradient"
     cycle_show_latent: bool = False
     cycle_bridge_steps: int = 1
     cycle_bridge_noise: Number = 0.0
@@ -60,7 +72,7 @@ class LossKeys:
     cycle_pairs: bool = True
     cycle_p_dual: Number = 1.0
     cycle_checkpoint_passes: bool = False
-    cycle_non_finite: Literal["zero", "raise"] | None = "zero"
+    cycle_non_finite: str | None = "zero"
     cycle_seed: int = 0
     prior_weight: Number = 0.0
     prior_warmup_steps: int | None = None
@@ -70,14 +82,6 @@ class LossKeys:
     prior_pool: bool = False
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type is bool and not isinstance(value, bool):
-                raise ValueError(f"`loss.{option.name}` must be true or false, got {value!r}")
-        for name in ("base_loss", "text_loss_padding", "text_t_mode", "latent_t_mode"):
-            choices = get_args(type(self).__annotations__[name])
-            _checks.check_choice(f"loss.{name}", getattr(self, name), choices)
-        _checks.check_choice("loss.prior_name", self.prior_name, _WITHOUT_A_TEACHER)
         if self.cycle_latent_sampling not in _IDS:
             raise ValueError(
                 f"`loss.cycle_latent_sampling` is {self.cycle_latent_sampling!r}; the host's text "
@@ -88,6 +92,40 @@ class LossKeys:
                 f"`loss.cycle_non_finite` must be zero, raise or null, got "
                 f"{self.cycle_non_finite!r}: the host's loop cannot skip a step on all ranks"
             )
+        for option in fields(self):
+            key, value = f"loss.{option.name}", getattr(self, option.name)
+            if key.endswith("_weight"):
+                checks.check_nonnegative(key, value)
+            elif key.endswith(("_warmup_steps", "_ramp_steps")) and value is not None:
+                checks.check_count(key, value, least=0)
+        checks.check_positive("loss.cycle_max_gain", self.cycle_max_gain)
+        checks.check_count("loss.cycle_every", self.cycle_every)
+        checks.check_share("loss.cycle_fraction", self.cycle_fraction, above_zero=True)
+        checks.check_share("loss.cycle_p_dual", self.cycle_p_dual)
+        object.__setattr__(self, "prior_options", self._parsed_prior_options())
+        self._check_policies()
+
+    def _parsed_prior_options(self) -> dict[str, Any]:
+        known, parsed = Prior.options_beside({"prior": self.prior_name}), {}
+        for name, value in self.prior_options.items():
+            key = f"loss.prior_options.{name}"
+            if name not in known:
+                raise ValueError(f"unknown key `{key}`; {checks.nearest(name, known)}")
+            parsed[name] = parse(key, value, known[name])
+        return parsed
+
+    def _check_policies(self) -> None:
+        for name, presets in (("text", TEXT_POLICIES), ("latent", LATENT_POLICIES)):
+            policy = getattr(self, key := f"cycle_{name}_policy")
+            if isinstance(policy, str):
+                checks.check_choice(f"loss.{key}", policy, list(presets))
+        policy, sampling = self.cycle_latent_policy, self.cycle_latent_sampling
+        if isinstance(policy, str) and (policy in _OPEN) != (sampling == "rloo"):
+            raise ValueError(
+                f"`loss.cycle_latent_policy` is {policy!r} and `loss.cycle_latent_sampling` "
+                f"{sampling!r}: `rloo` is the one sampling with a gradient, and goes with the "
+                "policies `full` and `alternating` alone"
+            )
 
     @classmethod
     def read(cls, loss: Mapping[str, Any]) -> "LossKeys":
@@ -97,14 +135,19 @@ class LossKeys:
             ValueError: a key that looks like one of ours and is none, with the nearest; or a value
                 that does not fit.
         """
-        known = {f.name for f in fields(cls)}
+        hints = get_type_hints(cls)
         given = {}
-        for key in loss:
-            name = str(key)
-            if name in known:
-                given[name] = _plain(loss[key])
-            elif name not in _HOSTS_OWN and _looks_like(name, known):
-                raise ValueError(f"unknown key `loss.{name}`; {_checks.nearest(name, known)}")
+        for name in loss:
+            key = f"loss.{name}"
+            if name in hints:
+                hint, value = hints[name], loss[name]
+                if get_origin(hint) is Literal:
+                    checks.check_choice(key, value, get_args(hint))
+                if hint in (int, int | None) and isinstance(value, float) and value.is_integer():
+                    value = int(value)  # 5e3 steps
+                given[name] = parse(key, value, hint)
+            elif name not in _HOSTS_OWN and _looks_like(str(name), hints):
+                raise ValueError(f"unknown key `{key}`; {checks.nearest(str(name), hints)}")
         return cls(**given)
 
     def unused(self) -> list[str]:
@@ -125,70 +168,108 @@ class LossKeys:
                 ill-conditioned: the message names the ways out as values of the config.
         """
         process = latent_process_of(trainer, self.cycle_max_gain)
-        bridge_time = self._bridge_time(process)
-        random = {"distribution": "uniform"}
-        options: dict[str, Any] = {
+        terms = self._terms(trainer, self._bridge_time(process))
+        terms = {name: term for name, term in terms.items() if term["weight"] != 0}
+        if not terms:
+            raise ValueError("every weight under `loss` is 0, so there is nothing to train on")
+        config = {
             "text_process": text_process_of(trainer, _PADDING[self.text_loss_padding]),
             "latent_process": process,
-            "text_weight": self.text_loss_weight,
-            "unconditional_weight": self.unconditional_loss_weight,
-            "cycle_text_weight": self._ramp("cycle_text"),
-            "cycle_latent_weight": self._ramp("cycle_latent"),
-            "prior_weight": self._ramp("prior"),
-            "prior": self.prior_name,
-            "prior_options": self.prior_options,
-            "pool_prior": self.prior_pool,
-            "bridge_time": bridge_time,
-            "base_latent_time": 1.0 if self.latent_t_mode == "full" else random,
-            "base_text_time": 1.0
-            if self.text_t_mode == "full"
-            else {**random, "low": 1e-4, "high": 1 - 1e-4},
-            "text_bridge": self.cycle_latent_sampling,
-            "latent_bridge": {
-                "steps": self.cycle_bridge_steps,
-                "noise": self.cycle_bridge_noise,
-                "norm": self.cycle_bridge_norm,
-                "threshold": self.cycle_bridge_threshold,
-            },
-            "show_latent": self.cycle_show_latent,
-            "cycle_latent_distance": self.cycle_latent_distance,
-            "text_policy": self.cycle_text_policy
-            or ("stop_gradient" if self.cycle_stop_grad_latent else "full"),
-            "latent_policy": self.cycle_latent_policy,
-            "p_dual": self.cycle_p_dual,
-            "cycle_every": self.cycle_every,
-            "cycle_fraction": self.cycle_fraction,
-            "cycle_pairs": self.cycle_pairs,
+            "terms": terms,
             "non_finite": self.cycle_non_finite,
             "seed": self.cycle_seed,
-            **self._base_latent(trainer),
         }
-        return CycleObjective.from_config(options)
+        try:
+            return CycleObjective.from_config(config)
+        except ValueError as error:
+            raise ValueError(_with_keys_of_the_host(str(error))) from error
 
-    def _base_latent(self, trainer: Any) -> dict[str, Any]:
-        if self.base_loss == "corrected":
-            return {"latent_weight": self.latent_loss_weight}
-        if is_stable(trainer):
-            return {
-                "latent_weight": self.latent_loss_weight,
-                "latent_distance": "normalized_mse",
-                "caps": {"text": 100.0, "latent": 10.0},
-            }
-        return {"latent_weight": 1.0}  # that file reads no weight
+    def _terms(self, trainer: Any, time: Number | TimePolicy) -> dict[str, dict[str, Any]]:
+        """The options of each term, in the order of their draws."""
+        corrected, stable = self.base_loss == "corrected", is_stable(trainer)
+        clamps = stable and not corrected
+        text_policy = self.cycle_text_policy
+        if text_policy is None:
+            text_policy = "stop_gradient" if self.cycle_stop_grad_latent else "full"
+        opens = text_policy if isinstance(text_policy, str) else text_policy.get("bridge")
+        text_weight, latent_weight = self._cycle_weights()
+        guards = {
+            "steps": self.cycle_bridge_steps,
+            "norm": self.cycle_bridge_norm,
+            "threshold": self.cycle_bridge_threshold,
+        }
+        cycle = {
+            "time": time,
+            "every": self.cycle_every,
+            "fraction": self.cycle_fraction,
+            "pairs": self.cycle_pairs,
+        }
+        return {
+            "text": {
+                "weight": self.text_loss_weight,
+                "time": _base_time(self.text_t_mode, margin=1e-4),
+                "cap": 100.0 if clamps else None,
+            },
+            "cycle_latent": {
+                "weight": latent_weight,
+                "bridge": {"name": self.cycle_latent_sampling},
+                "show_latent": self.cycle_show_latent,
+                "distance": self.cycle_latent_distance,
+                "policy": self.cycle_latent_policy,
+                **cycle,
+            },
+            "latent": {
+                # the other file reads no weight
+                "weight": self.latent_loss_weight if corrected or stable else 1.0,
+                "time": _base_time(self.latent_t_mode),
+                "distance": "normalized_mse" if clamps else "mse",
+                "cap": 10.0 if clamps else None,
+            },
+            "cycle_text": {
+                "weight": text_weight,
+                "bridge": {"noise": self.cycle_bridge_noise, **guards},
+                "policy": text_policy,
+                **cycle,
+            },
+            "prior": {
+                "weight": self._ramp("prior"),
+                "prior": self.prior_name,
+                "pool": self.prior_pool,
+                "bridge": guards,
+                "time": time,
+                # through all passes only where the text cycle pays for that anyway
+                "through": "full" if opens in _OPEN else "last",
+                **self.prior_options,
+            },
+            "unconditional": {"weight": self.unconditional_loss_weight},
+        }
 
-    def _ramp(self, term: str) -> Any:
-        warmup, ramp = (getattr(self, f"{term}_{part}_steps") for part in ("warmup", "ramp"))
-        warmup = self.cycle_warmup_steps if warmup is None else warmup
-        ramp = self.cycle_ramp_steps if ramp is None else ramp
-        weight = getattr(self, f"{term}_weight")
-        if weight == 0 or not (warmup or ramp):
-            return weight
-        return {"weight": weight, "warmup_steps": warmup, "ramp_steps": ramp}
+    def _cycle_weights(self) -> Sequence[Weight]:
+        """The weights of the text and of the latent cycle, which ramp and may take turns."""
+        weights = self._ramp("cycle_text"), self._ramp("cycle_latent")
+        if self.cycle_p_dual == 1:
+            return weights
+        if 0 in weights:
+            raise ValueError(
+                f"`loss.cycle_p_dual` = {self.cycle_p_dual!r} lets the cycles take turns, and one "
+                "of them weighs 0: give both a weight, or leave it out"
+            )
+        return take_turns(
+            *weights, together=self.cycle_p_dual, every=self.cycle_every, seed=self.cycle_seed
+        )
 
-    def _bridge_time(self, process: LatentProcess) -> Any:
-        high = 1.0 if self.latent_t_mode == "full" else self.cycle_latent_t_max
-        low = self.cycle_latent_t_min
-        low = high if self.latent_t_mode == "full" or low is None else low
+    def _ramp(self, term: str) -> Number | Ramp:
+        weight: Number = getattr(self, f"{term}_weight")
+        steps = []
+        for part in ("warmup_steps", "ramp_steps"):
+            own = getattr(self, f"{term}_{part}")
+            steps.append(getattr(self, f"cycle_{part}") if own is None else own)
+        return ramp(weight, *steps) if weight and any(steps) else weight
+
+    def _bridge_time(self, process: LatentProcess) -> Number | TimePolicy:
+        full = self.latent_t_mode == "full"
+        high = 1.0 if full else self.cycle_latent_t_max
+        low = high if full or self.cycle_latent_t_min is None else self.cycle_latent_t_min
         if not 0 <= low <= high <= 1:
             raise ValueError(
                 "`loss.cycle_latent_t_min` and `loss.cycle_latent_t_max` must be times with 0 <= "
@@ -207,7 +288,7 @@ class LossKeys:
             gain = process.gain(torch.tensor([float(high)])).item()
             if gain > process.max_gain:
                 raise ValueError(_EPSILON.format(time=high, gain=gain, max_gain=process.max_gain))
-        return low if low == high else {"distribution": "uniform", "low": low, "high": high}
+        return low if low == high else TimePolicy("uniform", low=low, high=high)
 
 
 _EPSILON = (
@@ -235,7 +316,7 @@ def check_loss_type(config: Any) -> str:
     if mode not in known:
         raise ValueError(
             f"`loss.loss_type` is {mode!r}, for which the host trains 'unconditional' without a "
-            f"word; {_checks.nearest(mode, known)}"
+            f"word; {checks.nearest(mode, known)}"
         )
     other = getattr(getattr(config, "training", None), "loss_type", None)
     if other is not None and other != mode:
@@ -251,16 +332,20 @@ def is_stable(trainer: Any) -> bool:
     return type(trainer).__module__.endswith("_stable")
 
 
-def _looks_like(name: str, known: set[str]) -> bool:
+def _looks_like(name: str, known: Iterable[str]) -> bool:
     if name.startswith(("cycle_", "prior_")):
         return True
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.85))
 
 
-def _plain(value: Any) -> Any:
-    """A value of OmegaConf as plain Python."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(value[key]) for key in value}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
+def _base_time(mode: str, margin: Number = 0.0) -> Number | TimePolicy:
+    """The times of a base loss."""
+    return 1.0 if mode == "full" else TimePolicy("uniform", low=margin, high=1 - margin)
+
+
+def _with_keys_of_the_host(message: str) -> str:
+    """An error of the library that names keys under `loss:` in place of its own options."""
+    message = re.sub(r"`(terms[\w.]*)`: `(\w+)`", r"`\1.\2`", message)
+    for path, key in _RENAMED.items():
+        message = re.sub(rf"`{path}", f"`{key}", message)
+    return message

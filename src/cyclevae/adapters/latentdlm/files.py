@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cyclevae.adapters.latentdlm.check import check
 from cyclevae.adapters.latentdlm.checkpoints import read_checkpoint
-from cyclevae.text_process import TextProcess
+from cyclevae.processes.text import TextProcess
 
 PACKAGE = "latentDLM_mmdit"
 

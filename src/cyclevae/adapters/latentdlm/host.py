@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cyclevae import _checks
-from cyclevae._types import Latents, Mask, Need, Prediction, Time, Tokens
-from cyclevae.denoiser import Denoised
-from cyclevae.latent_process import LatentProcess
-from cyclevae.roles import Roles, matches
-from cyclevae.text_process import TaughtPadding, TextProcess
+from cyclevae._base import checks
+from cyclevae._base.types import Latents, Mask, Need, Prediction, Time, Tokens
+from cyclevae.gradient_policy.roles import Roles, matches
+from cyclevae.model.denoiser import Denoised
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TaughtPadding, TextProcess
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "x0": "x0", "v_param": "v"}
 _HEADS = ("text_head", "text_head_clusters")
@@ -114,7 +114,7 @@ def latent_process_of(trainer: Any, max_gain: float) -> LatentProcess:
     name = diffusion.parameterization
     if name not in PREDICTIONS:
         raise ValueError(
-            f"`latent_parameterization` is {name!r}; {_checks.nearest(name, PREDICTIONS)}"
+            f"`latent_parameterization` is {name!r}; {checks.nearest(name, PREDICTIONS)}"
         )
     process = LatentProcess(HostSchedule(diffusion), PREDICTIONS[name], max_gain)
     process.alpha_sigma(torch.zeros(1, device=next(trainer.model.parameters()).device))

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from cyclevae.adapters.latentdlm.config import CYCLE, LossKeys, check_loss_type
 from cyclevae.adapters.latentdlm.host import HostDenoiser, this_rank
-from cyclevae.batch import Batch
-from cyclevae.checkpointing import checkpoint_passes
-from cyclevae.objective import StepOutput
+from cyclevae.objective.batch import Batch
+from cyclevae.objective.output import StepOutput
+from cyclevae.objective.term import Term, UnpairedTerm, Weight
+from cyclevae.processes.schedules import Turn
+from cyclevae.scale.checkpointing import checkpoint_passes
 
 _log = logging.getLogger("cyclevae")
 _CONTRACT = ("model", "tokenizer", "text_noise_schedule", "latent_diffusion", "config", "dtype")
+_ORDER = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")  # in the log
 
 
 def with_cycle(trainer: nn.Module) -> "CycleTrainer":
@@ -86,14 +89,11 @@ class CycleTrainer(nn.Module):
         if compiles and keys.cycle_non_finite == "zero":
             keys = replace(keys, cycle_non_finite=None)  # it cannot be traced
         self._objective = keys.objective(host)
-        whole: dict[str, Any] = {
-            "cycle_every": 1,
-            "p_dual": 1.0,
-            "cycle_fraction": 1.0,
-            "cycle_pairs": True,
-            "non_finite": None,
-        }
-        self._measure = replace(self._objective, **whole)
+        terms = self._objective.terms or ()
+        whole = [_on_all_rows(term) for term in terms]
+        self._measure = replace(self._objective, terms=whole, non_finite=None)
+        constant = [t.name for t in terms if not callable(t.weight)]
+        self._unreported = [f"{n}_weight" for n in constant if not n.startswith("cycle_")]
         self._plain = HostDenoiser(host.model)
         self._denoiser = (
             checkpoint_passes(self._plain) if keys.cycle_checkpoint_passes else self._plain
@@ -151,7 +151,7 @@ class CycleTrainer(nn.Module):
             if not parameter.requires_grad:  # as a step in another mode leaves them
                 parameter.requires_grad_(True)
         output = self._objective(self._denoiser, rows_of(batch), step=step)
-        return output.loss, _metrics(output)
+        return output.loss, self._metrics(output)
 
     def _evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """A step of all cycles, from draws of its own."""
@@ -161,25 +161,44 @@ class CycleTrainer(nn.Module):
             self._measured += 1
             step = self.host.current_step
             output = self._measure(self._plain, rows_of(batch), step=step)
-        return output.loss, _metrics(output)
+        return output.loss, self._metrics(output)
 
     def _announce(self, step: int) -> None:
         self._announced = True
         objective = self._objective
         if objective is None or this_rank():
             return
-        terms = [f"{term} {weight:g}" for term, weight in objective.weights(step).items()]
+        weights = objective.weights(step)
+        terms = sorted(objective.terms or (), key=lambda term: _ORDER.index(term.name))
+        now = [f"{t.name} {weights[t.name]:g}" for t in terms if t.name in weights]
         later = [
-            f"{name} from step {weight.warmup_steps}"
-            for name in ("cycle_text", "cycle_latent", "prior")
-            if getattr(weight := getattr(objective, f"{name}_weight"), "warmup_steps", 0) > step
+            f"{term.name} from step {begins}"
+            for term in terms
+            if (begins := getattr(_alone(term.weight), "warmup_steps", 0)) > step
         ]
-        _log.info(
-            "cyclevae: step %d: %s; %d passes",
-            step,
-            ", ".join(terms + later),
-            objective.passes(step),
-        )
+        passes = objective.passes(step)
+        _log.info("cyclevae: step %d: %s; %d passes", step, ", ".join(now + later), passes)
+
+    def _metrics(self, output: StepOutput) -> Metrics:
+        """The metrics by the host's names: a weight is one where it may move."""
+        metrics = Metrics(output.metrics)
+        for name in self._unreported:
+            metrics.pop(name, None)
+        cycles = [metrics[n] for n in ("cycle_text_weight", "cycle_latent_weight") if n in metrics]
+        if cycles:
+            metrics["cycle_weight"] = torch.stack(cycles).sum()
+        return metrics
+
+
+def _on_all_rows(term: Term) -> Term:
+    """A term as evaluations run it: at every step, and on all rows."""
+    term = replace(term, weight=_alone(term.weight), every=1, fraction=1.0)
+    return replace(term, pairs=True) if isinstance(term, UnpairedTerm) else term
+
+
+def _alone(weight: Weight) -> Weight:
+    """A weight that takes no turns."""
+    return weight.weight if isinstance(weight, Turn) else weight
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> Batch:
@@ -211,12 +230,3 @@ def rows_of(batch: Mapping[str, Tensor]) -> Batch:
     if (marked := batch.get("has_latent")) is not None:
         has_latent = has_latent & marked.bool()
     return Batch(tokens, mask, latents, has_text=has_text, has_latent=has_latent)
-
-
-def _metrics(output: StepOutput) -> Metrics:
-    """The metrics by the host's names."""
-    metrics = Metrics(output.metrics)
-    cycles = [metrics[n] for n in ("cycle_text_weight", "cycle_latent_weight") if n in metrics]
-    if cycles:
-        metrics["cycle_weight"] = torch.stack(cycles).sum()
-    return metrics

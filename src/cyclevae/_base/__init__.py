@@ -1,0 +1,1 @@
+"""Words for shapes, checks, reductions and precision, which every other folder uses."""

@@ -1,0 +1,243 @@
+"""Checks at the public door: name what is wrong, what was expected, what came and what to do.
+
+Shapes and dtypes are always checked. Values (ids in range, finite latents, times in [0, 1]) cost a
+device synchronisation on a GPU, so they are checked on CPU tensors only, unless `check_values` says
+otherwise.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from cyclevae._base.types import Number
+
+_values: bool | None = None
+
+
+class check_values:  # noqa: N801 - reads as a function, like torch.set_grad_enabled
+    """Turn value checks on (`True`), off (`False`) or back to the default (`None`).
+
+    By default values are checked on CPU tensors; they are not on CUDA, where each check waits for
+    the device, nor on `meta` tensors, nor inside `torch.compile`. Works as a call or in a `with`.
+
+    Examples:
+        >>> import cyclevae
+        >>> with cyclevae.check_values(False):
+        ...     pass  # nothing in here reads a value back from a tensor
+    """
+
+    def __init__(self, enabled: bool | None) -> None:
+        global _values
+        self._previous, _values = _values, enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _values
+        _values = self._previous
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be looked at."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" if _values is None else _values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint after an unknown name: the closest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(map(repr, known))}"
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse an unknown option, so that none is silently accepted."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; {nearest(str(value), choices)}")
+
+
+def check_nonnegative(name: str, value: Number) -> None:
+    """Refuse a weight or an amount that is negative, NaN or infinite."""
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}")
+
+
+def check_positive(name: str, value: Number) -> None:
+    """Refuse a scale that is not a finite number above 0."""
+    check_nonnegative(name, value)
+    if value == 0:
+        raise ValueError(f"`{name}` must be above 0, got 0")
+
+
+def check_share(name: str, value: Number, *, above_zero: bool = False) -> None:
+    """Refuse a share outside [0, 1], or of 0 where nothing would be left."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1) or (above_zero and value == 0):
+        raise ValueError(f"`{name}` must lie in {'(' if above_zero else '['}0, 1], got {value!r}")
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> None:
+    """Refuse a number of things that is no integer, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}")
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse an option of another type, of which a wrong one would be found late or never."""
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}")
+
+
+def check_time(name: str, value: object) -> None:
+    """Refuse a time outside [0 (clean), 1 (full noise)]; what draws times checks itself."""
+    if isinstance(value, int | float) and not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], got {value!r}")
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Tokens are integer ids `[b, s]` within the vocabulary."""
+    if tokens.ndim != 2:
+        raise ValueError(f"`{name}` must be token ids of shape [b, s], got {_describe(tokens)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"`{name}` must hold integer ids, got {_describe(tokens)}; use .long()")
+    if reads_values(tokens) and tokens.numel():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"`{name}` must hold ids in [0, {vocab_size}), got ids from {low} to {high}; "
+                "does the tokenizer match `text_process.vocab_size`?"
+            )
+
+
+def check_any_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """A text is ids `[b, s]`, or relaxed: finite floats `[b, s, v]` over the vocabulary."""
+    if not (tokens.is_floating_point() and tokens.ndim == 3):
+        return check_tokens(name, tokens, vocab_size)
+    if tokens.shape[-1] != vocab_size:
+        raise ValueError(
+            f"`{name}` must be token ids [b, s], or a relaxed text [b, s, v] over "
+            f"text_process.vocab_size = {vocab_size} ids, got {_describe(tokens)}"
+        )
+    check_finite(name, tokens, "has training diverged?")
+
+
+def as_mask(name: str, mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The attention mask as bool `[b, s]`, True = keep, from bool, integers or 0/1 floats."""
+    if mask.ndim != 2:
+        raise ValueError(f"`{name}` must have shape [b, s], got {_describe(mask)}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(
+            f"`{name}` must have the shape of its tokens {list(shape)}, got {_describe(mask)}"
+        )
+    if mask.dtype == torch.bool:
+        return mask
+    if reads_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"`{name}` must hold 1 (keep) or 0 (padding), got other values; "
+            "an additive mask of 0 and -inf is turned round by `mask == 0`"
+        )
+    return mask.bool()
+
+
+def check_latents(
+    name: str,
+    latents: Tensor,
+    shape: Sequence[int] | None = None,
+    *,
+    cure: str = "drop or repair these rows",
+) -> None:
+    """Latents are finite floats `[b, d]` or `[b, n, d]`; `shape` is that of one sample."""
+    if latents.ndim not in (2, 3) or (shape is not None and list(latents.shape[1:]) != list(shape)):
+        wanted = "[b, d] or [b, n, d]" if shape is None else f"[b, {', '.join(map(str, shape))}]"
+        raise ValueError(
+            f"`{name}` must be latents of shape {wanted}, got {_describe(latents)}"
+            + _squeeze_hint(latents)
+        )
+    if not latents.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point, got {_describe(latents)}; use .float()")
+    check_finite(name, latents, cure)
+
+
+def check_finite(name: str, tensor: Tensor, cure: str) -> None:
+    """Refuse NaN and infinity, and say where they are."""
+    if reads_values(tensor):
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            rows = bad.reshape(len(bad), -1).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"`{name}` must be finite, got NaN or infinity in {len(rows)} of {len(bad)} rows "
+                f"(first: row {rows[0]}); {cure}"
+            )
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse to broadcast: `[b, 1, d]` against `[b, d]` is a mistake, never a wish."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"`{name}` and `{other_name}` must have equal shapes, got {list(tensor.shape)} and "
+            f"{list(other.shape)}" + _squeeze_hint(tensor)
+        )
+
+
+def check_row_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
+    """A choice of rows is bool `[b]`."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(like),)):
+        raise ValueError(f"`{name}` must be bool [{len(like)}], got {_describe(mask)}")
+
+
+def check_variance(name: str, variance: Number | Tensor, shape: Sequence[int]) -> None:
+    """A variance is above 0: a number, or a tensor in the shape of one latent or `[d]`."""
+    if not isinstance(variance, Tensor):
+        return check_positive(name, variance)
+    if variance.ndim and variance.shape not in (torch.Size(shape), torch.Size(shape[-1:])):
+        raise ValueError(
+            f"`{name}` must be a number or have the shape of one latent {list(shape)}, "
+            f"got {list(variance.shape)}"
+        )
+    if reads_values(variance) and not bool((variance > 0).all()):
+        raise ValueError(f"`{name}` must be above 0 in every dimension")
+
+
+def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Two parts of a batch must have the same number of rows."""
+    if len(tensor) != len(other):
+        raise ValueError(
+            f"`{name}` and `{other_name}` must have the same number of rows, "
+            f"got {len(tensor)} and {len(other)}"
+        )
+
+
+def as_time(name: str, time: Number | Tensor, like: Tensor) -> Tensor:
+    """A time in [0, 1] as floats `[b]`, fp32 or better, for the rows of `like`."""
+    if not isinstance(time, Tensor):
+        if not 0 <= time <= 1:
+            raise ValueError(f"`{name}` must lie in [0 (clean), 1 (full noise)], got {time!r}")
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        return torch.full((len(like),), float(time), dtype=dtype, device=like.device)
+    if time.shape != (len(like),):
+        raise ValueError(
+            f"`{name}` must be a number or have shape [{len(like)}], got {_describe(time)}"
+        )
+    if not time.is_floating_point():
+        raise TypeError(
+            f"`{name}` must be floating point in [0, 1], got {_describe(time)}; "
+            "divide discrete timesteps by their number less one"
+        )
+    if reads_values(time) and not bool(((time >= 0) & (time <= 1)).all()):
+        raise ValueError(f"`{name}` must lie in [0 (clean), 1 (full noise)], got other values")
+    return time if time.dtype == torch.float64 else time.float()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _squeeze_hint(tensor: Tensor) -> str:
+    if tensor.ndim == 3 and tensor.shape[1] == 1:
+        return "; drop the middle axis with .squeeze(1)"
+    return ""

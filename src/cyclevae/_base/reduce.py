@@ -1,0 +1,81 @@
+"""Averages: the one home of padding, missing rows, reductions and global counts."""
+
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyclevae._base.checks import check_choice, check_nonnegative
+from cyclevae._base.types import Count, Mask, Number, Reduction, Rows
+
+
+def reduce_text(
+    per_token: Float[Tensor, "b s"],
+    attention_mask: Mask,
+    *,
+    reduction: Reduction,
+    rows: Rows | None = None,
+    count: Count | None = None,
+) -> Float[Tensor, "..."]:
+    """Reduce per-token losses; padding never counts, and no token at all gives 0 with a graph.
+
+    `mean` divides by the kept tokens, or by `count`; `nats` sums over tokens and averages over
+    rows, or divides by `count` rows. Only `rows` count, if given.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    if rows is not None:
+        attention_mask = attention_mask & rows[:, None]
+    kept = torch.where(attention_mask, per_token, per_token.new_zeros(()))
+    if reduction == "none":
+        return kept
+    if reduction == "mean":
+        return kept.sum() / _at_least_one(attention_mask.sum() if count is None else count)
+    return kept.sum() / _divisor(reduction, len(kept) if rows is None else rows.sum(), count)
+
+
+def reduce_latents(
+    error: Float[Tensor, " b *n"],
+    *,
+    reduction: Reduction,
+    variance: Number | Tensor = 1.0,
+    rows: Rows | None = None,
+    count: Count | None = None,
+) -> Float[Tensor, "..."]:
+    """Reduce errors per element or per vector; no row at all gives 0 with a graph.
+
+    `mean` divides by their number, or by `count`; `nats` is half the (squared) error over
+    `variance`, summed over dimensions, averaged over rows, or divided by `count` rows. Only `rows`
+    count, if given.
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    number: Count = len(error)
+    if rows is not None:
+        error, number = only_present(error, rows), rows.sum()
+    if reduction == "none":
+        return error
+    if reduction == "mean":
+        return error.sum() / _at_least_one(number * error[:1].numel() if count is None else count)
+    if reduction == "nats":
+        error = error / (2 * variance)
+    return error.sum() / _divisor(reduction, number, count)
+
+
+def only_present(values: Tensor, rows: Rows, otherwise: Number | Tensor = 0.0) -> Tensor:
+    """Values of the rows that have them; others, without a gradient to the values, elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (values.ndim - 1)), values, otherwise)
+
+
+def _divisor(reduction: Reduction, rows: Count, count: Count | None) -> Count:
+    if reduction == "sum":
+        return 1.0
+    return _at_least_one(rows if count is None else count)
+
+
+def _at_least_one(count: Count) -> Count:
+    if not isinstance(count, Tensor):
+        check_nonnegative("count", count)
+    # A count over ranks may be a fraction, but an empty one must not divide by zero.
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, count, torch.ones_like(count))
+    return count if count > 0 else 1.0

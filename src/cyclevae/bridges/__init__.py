@@ -1,0 +1,1 @@
+"""What crosses in the middle of a cycle: a text or a latent."""

@@ -1,0 +1,209 @@
+"""Latent bridges: from a text to the `z_hat` that crosses a text cycle."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
+from cyclevae.gradient_policy.gate import refuse_reentrant
+from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import T2L, t2l
+from cyclevae.processes.latent import LatentProcess, direction
+from cyclevae.processes.text import TextProcess
+
+
+@dataclass(frozen=True)
+class LatentBridge:
+    """How a text becomes the latent that the decoder reads.
+
+    `K` DDIM steps from pure noise; then the guards, in this order. *Dynamic thresholding* clips
+    every predicted clean latent, on the way too: `clip(z, -s, s) c / s` with
+    `s = max(c, quantile |z|)` per row, a constant to the gradient; clipped entries get none. The
+    *norm* scales each vector to a length: `z -> norm z / ||z||` passes no radial gradient, and
+    hides that the length drifts. *Noise* is added to what crosses to the decoder only.
+
+    A deterministic bridge can hide the text in digits that no reader of latents would see; noise of
+    standard deviation `s` bounds what `D` dimensions of variance `v` carry by
+    `D/2 log(1 + v / s^2)` nats. An encoder can still outgrow the noise: hold the variance with a
+    prior or with `norm`.
+
+    Attributes:
+        steps: `K`, the passes of the encoder, at times `t (1 - k/K)`.
+        noise: standard deviation of the noise on what crosses.
+        threshold: `c` of dynamic thresholding; 2.81 is the quantile 0.995 of `|N(0, 1)|`.
+        quantile: of dynamic thresholding.
+        norm: the length to which each vector (over the last axis) is scaled.
+
+    Raises:
+        ValueError: fewer than 1 step, negative noise, a threshold or norm that is not above 0, a
+            quantile outside (0, 1], or a quantile without a threshold.
+
+    Reference: DDIM, https://arxiv.org/abs/2010.02502; dynamic thresholding, Imagen,
+    https://arxiv.org/abs/2205.11487, section 2.3; hidden signals,
+    https://arxiv.org/abs/1712.02950.
+
+    Examples:
+        >>> LatentBridge(threshold=1.0, quantile=0.5).thresholded(torch.tensor([[1.0, -2.0, 4.0]]))
+        tensor([[ 0.5000, -1.0000,  1.0000]])
+    """
+
+    steps: int = 1
+    noise: Number = 0.0
+    threshold: Number | None = None
+    quantile: Number = 0.995
+    norm: Number | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_count("steps", self.steps)
+        checks.check_nonnegative("noise", self.noise)
+        for name in ("threshold", "norm"):
+            if getattr(self, name) is not None:
+                checks.check_positive(name, getattr(self, name))
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"`quantile` must lie in (0, 1], got {self.quantile!r}")
+        if self.threshold is None and self.quantile != LatentBridge.quantile:
+            raise ValueError(
+                f"`quantile` = {self.quantile!r} has no effect without a `threshold`: give both, "
+                "as in LatentBridge(threshold=2.81), or neither"
+            )
+
+    def thresholded(self, z: Latents) -> Latents:
+        """Dynamic thresholding; unchanged without a `threshold`."""
+        if self.threshold is None:
+            return z
+        sizes = fp32(z.detach()).abs().flatten(1).sort(dim=1).values
+        place = self.quantile * (sizes.shape[1] - 1)  # torch.quantile takes 2^24 numbers at most
+        below, above = sizes[:, math.floor(place)], sizes[:, math.ceil(place)]
+        limit = torch.lerp(below, above, place % 1).clamp(min=self.threshold)
+        limit = limit.view(-1, *[1] * (z.ndim - 1))
+        return (fp32(z).clamp(-limit, limit) * (self.threshold / limit)).to(z.dtype)
+
+    def normed(self, z: Latents) -> Latents:
+        """Each vector at length `norm`; unchanged without one."""
+        return z if self.norm is None else (self.norm * direction(z)).to(z.dtype)
+
+    def read(self, encoded: T2L, latent_process: LatentProcess) -> Latents:
+        """The guarded latent of the last pass of the encoder."""
+        return self.normed(self.thresholded(encoded.z_hat(latent_process)))
+
+    def noised(self, z_hat: Latents, *, generator: torch.Generator | None = None) -> Latents:
+        """What crosses to the decoder: `z_hat` with `noise`, drawn with `generator`."""
+        if self.noise == 0:
+            return z_hat
+        noise = torch.randn(
+            z_hat.shape, dtype=z_hat.dtype, device=z_hat.device, generator=generator
+        )
+        return z_hat + self.noise * noise
+
+    @property
+    def on_the_way(self) -> "LatentBridge":
+        """The same without what acts on the last latent alone.
+
+        Examples:
+            >>> LatentBridge(steps=2, noise=0.5, norm=1.0).on_the_way
+            LatentBridge(steps=2, noise=0.0, threshold=None, quantile=0.995, norm=None)
+        """
+        return ONE_SHOT if self.steps == 1 else replace(self, noise=0.0, norm=None)
+
+    def capacity(self, variance: Number, dim: int) -> float:
+        """The nats that cross at most: `dim/2 log(1 + variance / noise^2)`.
+
+        The capacity of a Gaussian channel, for latents of `dim` dimensions and a mean square of
+        `variance` per dimension; infinite without noise.
+
+        Examples:
+            >>> round(LatentBridge(noise=0.5).capacity(variance=1.0, dim=64), 1)  # 32 log 5
+            51.5
+        """
+        if self.noise == 0:
+            return math.inf
+        return dim / 2 * math.log1p(variance / self.noise**2)
+
+
+ONE_SHOT = LatentBridge()
+NOISED = LatentBridge(noise=0.75)
+
+
+def encode_text(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    bridge: LatentBridge = ONE_SHOT,
+    time: Number | Time = 1.0,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+    policy: GradientPolicy = STOP_GRADIENT,
+) -> Latents:
+    """The latent that the encoder writes of a text: `z_hat`, from pure noise.
+
+    With `K` steps, pass `k = 0, ..., K - 1` runs at `t_k = time (1 - k/K)` and predicts `z_k`; the
+    next starts from `alpha z_k + sigma epsilon` at its time, with the noise that `z_k` leaves
+    (DDIM), and the last prediction is `z_hat`. One step is a single pass of `t2l`. The bridge's
+    noise is not added: see `LatentBridge.noised`.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
+        bridge: the number of steps, and the guards.
+        time: at which the first pass starts, a number or `[b]`.
+        noise: standard normal noise to start from; drawn with `generator` if not given.
+        generator: random state of the draw.
+        policy: who learns from `z_hat`: `detach` nobody, `last` through the last pass alone, `full`
+            through all; `freeze_bridge` says which parameters do not.
+
+    Raises:
+        ValueError: wrong shapes or values, or an epsilon process whose gain at `time` is above
+            `max_gain`; the message lists the cures.
+        RuntimeError: a `freeze_bridge` over reentrant activation checkpointing.
+
+    Reference: DDIM, https://arxiv.org/abs/2010.02502; gradient through the last step alone, ITIT,
+    https://arxiv.org/abs/2310.03734.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, _ = toy_batch(seed=0)[:3]
+        >>> z_hat = encode_text(
+        ...     denoiser, tokens, mask, text_process=text_process, latent_process=latent_process,
+        ...     bridge=LatentBridge(steps=4), policy=GradientPolicy("last"),
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> z_hat.shape, z_hat.requires_grad
+        (torch.Size([3, 4]), True)
+    """
+    latent_process.refuse_ill_conditioned(time)
+    times = [time * (1 - k / bridge.steps) if k else time for k in range(bridge.steps)]
+    z_t = noise
+    for k, now in enumerate(times):
+        last = k == len(times) - 1
+        with policy.bridge_pass(denoiser, last=last):
+            encoded = t2l(
+                denoiser,
+                tokens,
+                attention_mask,
+                text_process=text_process,
+                latent_process=latent_process,
+                start="noise",
+                time=now,
+                noise=z_t,
+                generator=generator,
+            )
+            z_hat = bridge.thresholded(encoded.z_hat(latent_process))
+            if policy.freeze_bridge:
+                refuse_reentrant([z_hat], bridge=z_t)
+            if last:
+                z_hat = bridge.normed(z_hat)
+            else:
+                to = checks.as_time("time", times[k + 1], encoded.time)
+                z_t = latent_process.ddim(z_hat, encoded.z_t, encoded.time, to)
+    return z_hat

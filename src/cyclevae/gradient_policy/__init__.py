@@ -1,0 +1,1 @@
+"""Who learns: freeze, detach, policies and roles."""

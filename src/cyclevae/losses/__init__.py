@@ -1,0 +1,1 @@
+"""The formulas: base losses, the unconditional mode, cycles, contrast and marginal."""

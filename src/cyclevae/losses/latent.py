@@ -1,0 +1,288 @@
+"""The base loss of the encoder direction, and the distance of latents that others share."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import (
+    Count,
+    Latents,
+    Loss,
+    MaskLike,
+    Number,
+    Prediction,
+    Reduction,
+    Time,
+    Tokens,
+)
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.passes import T2L, t2l
+from cyclevae.processes.latent import LatentProcess, direction
+from cyclevae.processes.text import TextProcess
+from cyclevae.processes.times import TimePolicy
+
+LatentDistance = Literal["mse", "cosine", "normalized_mse"]
+AnyDistance = LatentDistance | Callable[[Latents, Latents], Latents]
+
+
+def latent_loss(
+    prediction: Latents,
+    target: Latents,
+    *,
+    distance: AnyDistance = "mse",
+    weight: Time | None = None,
+    variance: Number | Tensor = 1.0,
+    reduction: Reduction = "mean",
+    count: Count | None = None,
+) -> Loss:
+    """Distance of latents, in fp32 or better.
+
+    `mse`: `1/(b d) sum ||prediction - target||^2`. `cosine`: `1 - cos(prediction, target)` over the
+    last axis, averaged over vectors. `normalized_mse`: the squared error of the vectors scaled to
+    norm 1, averaged over elements, which is `2/d` times `cosine`. The last two train no norm: a
+    bridge read off such a model has the right direction and any length (see `LatentBridge.norm`).
+    A vector shorter than 1e-8 has no direction, and gets no gradient from them.
+
+    Args:
+        prediction: `[b, d]` or `[b, n, d]`.
+        target: of equal shape; nothing is broadcast.
+        distance: `mse`, `cosine`, `normalized_mse`, or a function of prediction and target that
+            returns an error per element.
+        weight: of each row `[b]`, such as `min_snr_weight`; the denominator stays the same.
+        variance: of the Gaussian whose negative log-density `nats` is, a number or `[d]`.
+        reduction: `mean` over elements (`cosine`: vectors), `sum`, `none` (the shape of the
+            latents; `cosine`: without the last axis) or, for `mse`, `nats` (half the squared error
+            over `variance`, summed over dimensions, mean over rows).
+        count: the denominator in place of this batch's own: see `text_loss`.
+
+    Raises:
+        ValueError: unequal shapes, an unknown distance or reduction, `nats` of another distance
+            than `mse`, a negative weight, a variance that is not above 0.
+
+    Reference: `normalized_mse` is the latent loss of LGDLM's trainer, with its 1e-8,
+    https://github.com/Joshua-Zhang-Jiaquan/LGDLM.
+
+    Examples:
+        >>> import torch
+        >>> prediction, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+        >>> latent_loss(prediction, target)
+        tensor(5.)
+        >>> latent_loss(prediction, target, reduction="nats")
+        tensor(5.)
+        >>> latent_loss(prediction, torch.tensor([[3.0, -1.0]]), distance="cosine")
+        tensor(1.)
+    """
+    checks.check_same_shape("prediction", prediction, "target", target)
+    check_distance("distance", distance)
+    checks.check_variance("variance", variance, prediction.shape[1:])
+    if reduction == "nats" and distance != "mse":
+        raise ValueError(
+            f"reduction='nats' is half a squared error over a variance, which distance="
+            f"{distance!r} is not: use distance='mse' or another reduction"
+        )
+    match distance:
+        case "mse":
+            error = (fp32(prediction) - fp32(target)).square()
+        case "cosine":
+            error = 1 - (direction(prediction) * direction(target)).sum(dim=-1)
+        case "normalized_mse":
+            error = (direction(prediction) - direction(target)).square()
+        case _:
+            error = distance(fp32(prediction), fp32(target))
+            checks.check_same_shape("distance(...)", error, "prediction", prediction)
+    if weight is not None:
+        error = error * _as_weight(weight, error)
+    return reduce_latents(error, reduction=reduction, variance=variance, count=count)
+
+
+def check_distance(name: str, distance: AnyDistance) -> None:
+    """Refuse an unknown distance of latents; a function is taken as it is."""
+    if not callable(distance):
+        checks.check_choice(name, distance, get_args(LatentDistance))
+
+
+def errors_per_row(latents: Latents | None, distance: AnyDistance = "mse") -> int:
+    """How many errors a distance gives for each row: the cosine has one per vector."""
+    if latents is None:
+        return 0
+    elements = latents[:1].numel()
+    return elements // latents.shape[-1] if distance == "cosine" else elements
+
+
+def min_snr_weight(
+    latent_process: LatentProcess,
+    time: Time,
+    *,
+    space: Prediction | None = None,
+    gamma: Number = 5.0,
+) -> Time:
+    """Weights `[b]` that count a squared error at most `gamma` times that of the clean latent.
+
+    With the signal-to-noise ratio `S`: `min(S, gamma)` for errors in the space of `x0`, which is
+    `min(S, gamma) / S` in that of `epsilon` and `min(S, gamma) / (S + 1)` in that of `v`. The
+    weighted loss is the same in each space. It weighs full noise with 0 in the space of `x0` and
+    of `v`: it suits base losses at random times, not a bridge that starts there.
+
+    Args:
+        latent_process: the latent process.
+        time: `[b]`.
+        space: of the error; that of the process's prediction if not given.
+        gamma: the cap of the signal-to-noise ratio.
+
+    Raises:
+        ValueError: a `gamma` that is not above 0, an unknown space, a time outside [0, 1].
+
+    Reference: Hang et al., https://arxiv.org/abs/2303.09556, section 3.4.
+
+    Examples:
+        >>> process = LatentProcess("continuous_cosine", prediction="v")
+        >>> min_snr_weight(process, torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 0.5000, 0.0000])
+    """
+    checks.check_positive("gamma", gamma)
+    space = latent_process.prediction if space is None else space
+    checks.check_choice("space", space, get_args(Prediction))
+    snr = latent_process.snr(time)
+    match space:
+        case "x0":
+            return snr.clamp(max=gamma)
+        case "epsilon":  # so written that neither 0 nor infinity is divided by itself
+            return (gamma / snr).clamp(max=1)
+        case _:
+            return snr.clamp(max=gamma) / (snr + 1)
+
+
+def t2l_loss(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    latents: Latents,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    time: Number | Time | TimePolicy | None = 1.0,
+    step: int = 0,
+    space: Prediction | None = None,
+    distance: AnyDistance = "mse",
+    min_snr: Number | None = None,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+    count: Count | None = None,
+) -> Loss:
+    """Train the encoder on pairs: distance of its prediction, in its own prediction space.
+
+    A squared error in the space of epsilon is `S` times, and in that of `v` `1 + S` times that in
+    the space of `x0`, where `S` is the signal-to-noise ratio: near full noise an error in epsilon
+    counts next to nothing.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`.
+        latents: clean latents.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process.
+        time: of the latents; a number, `[b]`, a policy that draws them, or None for
+            `TimePolicy("uniform")`.
+        step: the training step, for a policy whose cap moves.
+        space: in which the prediction is compared; the model's own if not given.
+        distance: as `latent_loss`.
+        min_snr: weigh rows with `min_snr_weight`, with this `gamma` (5 in the paper).
+        noise: standard normal noise; drawn with `generator` if not given.
+        generator: random state of the draws.
+        reduction: as `latent_loss`.
+        count: as `latent_loss`.
+
+    Raises:
+        ValueError: wrong shapes or values, or a `space` into which the prediction cannot be
+            converted at these times: from epsilon near full noise, from `x0` near none.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> loss = t2l_loss(
+        ...     denoiser, tokens, latents, mask,
+        ...     text_process=text_process, latent_process=latent_process,
+        ...     time=TimePolicy("logit_normal"), space="x0",
+        ... )
+        >>> loss.shape
+        torch.Size([])
+    """
+    check_distance("distance", distance)
+    checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    space = latent_process.prediction if space is None else space
+    checks.check_choice("space", space, get_args(Prediction))
+    if min_snr is not None:
+        checks.check_positive("min_snr", min_snr)
+    if time is None:
+        time = TimePolicy("uniform")
+    if isinstance(time, TimePolicy):
+        for end in (time.lowest(step), time.highest(step)):  # whatever comes between
+            latent_process.refuse_ill_conditioned(end, space=space)
+        time = time(len(tokens), step=step, device=tokens.device, generator=generator)
+    latent_process.refuse_ill_conditioned(time, space=space)
+    encoded = t2l(
+        denoiser,
+        tokens,
+        attention_mask,
+        text_process=text_process,
+        latent_process=latent_process,
+        latents=latents,
+        time=time,
+        noise=noise,
+        generator=generator,
+    )
+    return encoded_loss(
+        encoded,
+        latents,
+        latent_process=latent_process,
+        space=space,
+        distance=distance,
+        min_snr=min_snr,
+        reduction=reduction,
+        count=count,
+    )
+
+
+def encoded_loss(
+    encoded: T2L,
+    latents: Latents,
+    *,
+    latent_process: LatentProcess,
+    space: Prediction | None = None,
+    distance: AnyDistance = "mse",
+    min_snr: Number | None = None,
+    reduction: Reduction = "mean",
+    count: Count | None = None,
+) -> Loss:
+    """The loss of a T2L pass that has run: see `t2l_loss`."""
+    space = latent_process.prediction if space is None else space
+    weight = None
+    if min_snr is not None:
+        weight = min_snr_weight(latent_process, encoded.time, space=space, gamma=min_snr)
+    return latent_loss(
+        latent_process.in_space(encoded.prediction, encoded.z_t, encoded.time, space=space),
+        latent_process.target(latents, encoded.noise, encoded.time, space=space),
+        distance=distance,
+        weight=weight,
+        reduction=reduction,
+        count=count,
+    )
+
+
+def _as_weight(weight: Tensor, error: Tensor) -> Tensor:
+    if weight.shape != error.shape[:1] or not weight.is_floating_point():
+        raise ValueError(
+            f"`weight` must be floats of shape [{len(error)}], one for each row, got "
+            f"{weight.dtype} {list(weight.shape)}"
+        )
+    if checks.reads_values(weight) and not bool((weight >= 0).all()):
+        raise ValueError("`weight` must be at least 0 in every row, got negative or NaN values")
+    return weight.to(error.dtype).view(-1, *[1] * (error.ndim - 1))

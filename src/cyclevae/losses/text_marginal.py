@@ -1,0 +1,127 @@
+"""How improbable a text is by itself: keeps pseudo-texts from becoming private codes."""
+
+from contextlib import nullcontext
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.reduce import reduce_text
+from cyclevae._base.types import (
+    AnyTokens,
+    Count,
+    Latents,
+    Logits,
+    Loss,
+    MaskLike,
+    Number,
+    Reduction,
+    RelaxedTokens,
+    Time,
+)
+from cyclevae.gradient_policy.contexts import detach
+from cyclevae.losses.text import text_loss
+from cyclevae.model.denoiser import Denoiser, need_logits
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.noise import draw_noise
+from cyclevae.processes.text import TextProcess
+from cyclevae.processes.times import stratified_times
+
+
+def text_marginal_loss(
+    denoiser: Denoiser,
+    tokens: AnyTokens,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    text_time: Number | Time | None = None,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+    count: Count | None = None,
+) -> Loss:
+    """The masked-diffusion bound on `-log p(y)`, of texts alone: the latent is pure noise.
+
+    `E_r [1/r sum_masked -log p(y_l | y_r, noise)]`, one draw of the rate `r` and of the mask per
+    row, with the weight capped at 1000.
+
+    A relaxed text is masked as its most probable words, and its gradient is that of the targets,
+    `sum_v y_v (-log p_v)`, as for the straight-through bridge: the text learns to be probable, and
+    the model learns nothing. From ids the model learns, as in `unconditional_loss`.
+
+    As the reward of a sampled text take the nats of each row, drawn with the same `text_time`,
+    `noise` and generator state for all texts that are compared:
+    `-text_marginal_loss(..., reduction="none").sum(dim=1)`, under `detach()`.
+
+    Args:
+        denoiser: the model.
+        tokens: ids `[b, s]`, or a relaxed text `[b, s, v]`.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
+        text_time: the rates, a number or `[b]`; stratified uniform if not given.
+        noise: the latents that the model sees; drawn with `generator` if not given.
+        generator: random state of the draws.
+        reduction: `mean` over kept tokens, `sum`, `none` (`[b, s]`, 0 where nothing was masked) or
+            `nats` (sum over tokens, mean over rows).
+        count: as `text_loss`.
+
+    Raises:
+        ValueError: wrong shapes or values.
+
+    Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524; a
+    language model's reward in dual learning, https://arxiv.org/abs/1611.00179.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask = toy_batch(seed=0)[:2]
+        >>> bound = text_marginal_loss(
+        ...     denoiser, tokens, mask, text_process=text_process, latent_process=latent_process,
+        ...     reduction="none",
+        ... )
+        >>> bound.sum(dim=1).shape  # nats of each text
+        torch.Size([3])
+    """
+    checks.check_choice("reduction", reduction, get_args(Reduction))
+    checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
+    kept = checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
+    relaxed = tokens.is_floating_point()
+    ids = tokens.argmax(dim=-1) if relaxed else tokens
+    if noise is None:
+        noise = draw_noise(len(ids), latent_process, at=ids, generator=generator)
+    else:
+        checks.check_latents("noise", noise, latent_process.shape)
+        checks.check_rows("noise", noise, "tokens", ids)
+    if text_time is None:
+        text_time = stratified_times(len(ids), device=ids.device, generator=generator)
+    rate = checks.as_time("text_time", text_time, noise)
+    noisy, masked = text_process.mask(ids, kept, rate, generator=generator)
+    with detach() if relaxed else nullcontext():
+        output = denoiser.denoise(
+            noisy,
+            noise,
+            text_time=rate,
+            latent_time=torch.ones_like(rate),
+            attention_mask=kept,
+            need="logits",
+        )
+        logits = need_logits(output, ids, text_process.vocab_size)
+    if relaxed:
+        nll = _expected_nll(logits, tokens, masked)
+    else:
+        nll = text_loss(logits, ids, masked, reduction="none")
+    # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
+    bound = nll / rate.clamp(min=1e-3)[:, None]
+    return reduce_text(bound, kept, reduction=reduction, count=count)
+
+
+def _expected_nll(logits: Logits, tokens: RelaxedTokens, masked: Tensor) -> Float[Tensor, "b s"]:
+    log_p = fp32(logits).log_softmax(dim=-1)
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 times minus infinity is NaN
+    words = torch.where(masked[..., None], fp32(tokens), 0.0)
+    return -(words * torch.where(masked[..., None], log_p, 0.0)).sum(dim=-1)

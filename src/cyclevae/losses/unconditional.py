@@ -1,0 +1,140 @@
+"""The unconditional mode: both parts noised at once, and rows that may lack one of them."""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.reduce import only_present, reduce_latents, reduce_text
+from cyclevae._base.types import (
+    Count,
+    Latents,
+    MaskLike,
+    Number,
+    Rows,
+    Scalar,
+    Time,
+    Tokens,
+)
+from cyclevae.losses.cross_entropy import token_nll
+from cyclevae.model.both import joint
+from cyclevae.model.denoiser import Denoiser
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TextProcess
+
+
+class UnconditionalLoss(NamedTuple):
+    """The two terms of the unconditional mode.
+
+    Attributes:
+        text: a bound on the negative log-likelihood of a token, in nats.
+        latent: squared error in the prediction space.
+
+    Examples:
+        >>> UnconditionalLoss(text=torch.tensor(2.0), latent=torch.tensor(1.0)).text
+        tensor(2.)
+    """
+
+    text: Scalar
+    latent: Scalar
+
+
+def unconditional_loss(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    latents: Latents,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    has_text: Rows | None = None,
+    has_latent: Rows | None = None,
+    text_time: Number | Time | None = None,
+    latent_time: Number | Time | None = None,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Literal["mean", "sum", "nats"] = "mean",
+    text_count: Count | None = None,
+    latent_count: Count | None = None,
+) -> UnconditionalLoss:
+    """Denoise both parts at once; rows may lack one of them.
+
+    Text: the masked-diffusion bound `E_r [1/r sum_masked -log p(y_l | y_r, z_t)]` at a random rate
+    `r`, per kept token. Latent: squared error at a random time. A row without a text has it fully
+    masked, a row without a latent sees pure noise; neither counts towards the missing part.
+
+    `has_text` may also leave out texts that are there. Their latents are then denoised knowing
+    nothing but the length of the text, which is what a learned prior asks of the model and what
+    partial masking hardly ever shows it.
+
+    Args:
+        denoiser: the model.
+        tokens: clean ids `[b, s]`.
+        latents: clean latents.
+        attention_mask: `[b, s]`, True = keep.
+        text_process: the text process.
+        latent_process: the latent process.
+        has_text: `[b]`, which rows have a text; all of them if not given.
+        has_latent: `[b]`, which rows have a latent; all of them if not given.
+        text_time: the rates, a number or `[b]`; stratified uniform if not given.
+        latent_time: a number or `[b]`; stratified uniform if not given.
+        noise: standard normal noise; drawn with `generator` if not given.
+        generator: random state of the draws.
+        reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
+        text_count: denominator in place of the kept tokens (`nats`: the number) of rows with a
+            text.
+        latent_count: denominator in place of the elements (`nats`: the number) of rows with a
+            latent.
+
+    Raises:
+        ValueError: wrong shapes or values, an unknown reduction.
+
+    Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch, toy_denoiser
+        >>> denoiser, text_process, latent_process = toy_denoiser(seed=0)
+        >>> tokens, mask, latents = toy_batch(seed=0)[:3]
+        >>> text, latent = unconditional_loss(
+        ...     denoiser, tokens, latents, mask, text_process=text_process,
+        ...     latent_process=latent_process, has_latent=torch.tensor([True, True, False]),
+        ... )
+        >>> text.shape, latent.shape
+        (torch.Size([]), torch.Size([]))
+    """
+    checks.check_choice("reduction", reduction, ("mean", "sum", "nats"))
+    checks.check_row_mask("has_latent", has_latent, tokens)
+    if has_latent is not None:
+        latents = only_present(latents, has_latent)
+    out = joint(
+        denoiser,
+        tokens,
+        latents,
+        attention_mask,
+        text_process=text_process,
+        latent_process=latent_process,
+        has_text=has_text,
+        has_latent=has_latent,
+        text_time=text_time,
+        latent_time=latent_time,
+        noise=noise,
+        generator=generator,
+    )
+    kept = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, kept = text_process.targets(tokens, kept)
+    everyone = torch.ones_like(kept[:, 0])
+    has_text = everyone if has_text is None else has_text
+    has_latent = everyone if has_latent is None else has_latent
+    kept = kept & has_text[:, None]
+    masked = out.masked & kept
+    # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
+    nll = token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
+    target = latent_process.target(latents, out.noise, out.latent_time)
+    squared = (fp32(out.latent_prediction) - target).square()
+    if text_count is None:
+        text_count = has_text.sum() if reduction == "nats" else kept.sum()
+    return UnconditionalLoss(
+        reduce_text(nll, masked, reduction=reduction, count=text_count),
+        reduce_latents(squared, reduction=reduction, rows=has_latent, count=latent_count),
+    )

@@ -1,0 +1,1 @@
+"""The contract with a network, and one forward of it in one mode."""

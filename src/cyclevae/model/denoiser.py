@@ -1,0 +1,307 @@
+"""What a model must do to be trained here, and the thin objects that make it so."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cyclevae._base import checks
+from cyclevae._base.precision import no_autocast
+from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Time
+from cyclevae.gradient_policy.roles import Roles
+
+
+class Denoised(NamedTuple):
+    """What one forward of a denoiser returns; only what was not asked for may be None.
+
+    A named tuple, because FSDP2 finds tensors in tuples and overlooks those in a dataclass.
+
+    Attributes:
+        logits: `[b, s, v]`.
+        latent_prediction: the shape of the latents, in the process's prediction type.
+
+    Examples:
+        >>> logits, latent_prediction = Denoised(logits=None, latent_prediction=None)
+    """
+
+    logits: Logits | None
+    latent_prediction: Latents | None
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A model of text and latents, read as a decoder (L2T) and as an encoder (T2L).
+
+    A thin object that reaches its network through the network's own `__call__`: a method `denoise`
+    on the module itself would be bypassed by DDP, FSDP2 and `torch.compile`. See `as_denoiser`.
+
+    Examples:
+        >>> from cyclevae.testing import toy_denoiser
+        >>> isinstance(toy_denoiser(seed=0)[0], Denoiser)
+        True
+    """
+
+    def denoise(
+        self,
+        tokens: AnyTokens,
+        latents: Latents,
+        *,
+        text_time: Time,
+        latent_time: Time,
+        attention_mask: MaskLike,
+        need: Need = "both",
+    ) -> Denoised:
+        """One forward on already noised tokens and latents.
+
+        Args:
+            tokens: ids `[b, s]`, masked as `text_time` says. The differentiable text bridges give
+                a clean text relaxed, as floats `[b, s, v]`: `embed_tokens` takes both.
+            latents: `[b, d]` or `[b, n, d]`, noised as `latent_time` says.
+            text_time: `[b]` in [0, 1]; 0 clean, 1 fully masked.
+            latent_time: `[b]` in [0, 1]; 0 clean, 1 pure noise.
+            attention_mask: bool `[b, s]`, True = keep.
+            need: which outputs will be read; a hint that lets the model skip a head.
+        """
+        ...
+
+
+class ModuleDenoiser:
+    """A `Denoiser` around a module; made by `as_denoiser`.
+
+    Attributes:
+        network: the module as given (plain, DDP, FSDP2 or compiled); it is what gets called.
+        module: the plain module inside, against which parameter patterns resolve.
+        roles: which of its parameters serve one direction alone, if that was said.
+    """
+
+    def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
+        self.network = network
+        self.roles = getattr(self.module, "roles", None) if roles is None else roles
+        if self.roles is not None:
+            self.roles.groups(self.module)
+        # Decided once: a wrapper's own forward takes anything, so ask the plain module.
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        self._takes_need = any(p.name == "need" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    @property
+    def module(self) -> nn.Module:
+        """The plain module, out of its DDP and `torch.compile` wrappers."""
+        module = self.network
+        while isinstance(inner := _wrapped(module), nn.Module):
+            module = inner
+        return module
+
+    def denoise(
+        self,
+        tokens: AnyTokens,
+        latents: Latents,
+        *,
+        text_time: Time,
+        latent_time: Time,
+        attention_mask: MaskLike,
+        need: Need = "both",
+    ) -> Denoised:
+        """One forward of the network: see `Denoiser.denoise`."""
+        output = self.network(
+            tokens,
+            latents,
+            text_time=text_time,
+            latent_time=latent_time,
+            attention_mask=attention_mask,
+            **({"need": need} if self._takes_need else {}),
+        )
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                "a denoising network must return (logits, latent_prediction) or a `Denoised`, "
+                f"got {type(output).__name__}; give `as_denoiser` a module whose forward does"
+            )
+        return Denoised(*output)
+
+
+def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDenoiser:
+    """Make a `Denoiser` of a module, plain or wrapped in DDP, FSDP2 or `torch.compile`.
+
+    The module is called as `network(tokens, latents, text_time=, latent_time=, attention_mask=)`,
+    with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. A network
+    with another signature gets a small module of one's own around it.
+
+    Args:
+        network: the module.
+        roles: which parameters serve one direction alone, for policies that name them; those of an
+            attribute `roles` of the plain module if not given.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: roles that do not fit the parameters.
+
+    Examples:
+        >>> import torch
+        >>> class Tiny(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.to_latent = torch.nn.Embedding(6, 4)
+        ...         self.to_logits = torch.nn.Linear(4, 6)
+        ...
+        ...     def forward(self, tokens, latents, *, text_time, latent_time, attention_mask):
+        ...         hidden = self.to_latent(tokens) + latents[:, None]
+        ...         return self.to_logits(hidden), hidden.mean(dim=1)
+        >>> denoiser = as_denoiser(Tiny())
+        >>> tokens, time = torch.tensor([[1, 2, 3]]), torch.zeros(1)
+        >>> out = denoiser.denoise(
+        ...     tokens, torch.zeros(1, 4), text_time=time, latent_time=time,
+        ...     attention_mask=tokens > 0,
+        ... )
+        >>> out.logits.shape, out.latent_prediction.shape
+        (torch.Size([1, 3, 6]), torch.Size([1, 4]))
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"`network` must be a torch.nn.Module, got {type(network).__name__}; "
+            "an object with a `denoise` method is a Denoiser already"
+        )
+    return ModuleDenoiser(network, roles)
+
+
+class EncoderDecoder(nn.Module):
+    """Two separate networks as one: `as_denoiser(EncoderDecoder(encoder, decoder))`.
+
+    Each is called as `as_denoiser` says, without `need`; the encoder returns the latent prediction
+    and the decoder the logits. Only what is needed runs. Parameter patterns start with `encoder.`
+    and `decoder.`, and so do its roles.
+
+    Examples:
+        >>> import torch
+        >>> class Encoder(torch.nn.Embedding):
+        ...     def forward(self, tokens, latents, **state):
+        ...         return super().forward(tokens).mean(dim=1)
+        >>> class Decoder(torch.nn.Linear):
+        ...     def forward(self, tokens, latents, **state):
+        ...         return super().forward(latents)[:, None].expand(-1, tokens.shape[1], -1)
+        >>> denoiser = as_denoiser(EncoderDecoder(Encoder(6, 4), Decoder(4, 6)))
+        >>> [name for name, _ in denoiser.module.named_parameters()]
+        ['encoder.weight', 'decoder.weight', 'decoder.bias']
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        sides = [{id(p) for p in part.parameters()} for part in (encoder, decoder)]
+        if all(sides) and sides[0].isdisjoint(sides[1]):
+            self.roles = Roles(encoder_only=("encoder.*",), decoder_only=("decoder.*",))
+
+    def forward(
+        self, tokens: AnyTokens, latents: Latents, *, need: Need = "both", **state: Any
+    ) -> Denoised:
+        """Run the networks that are needed."""
+        return Denoised(
+            logits=None if need == "latents" else self.decoder(tokens, latents, **state),
+            latent_prediction=None if need == "logits" else self.encoder(tokens, latents, **state),
+        )
+
+
+def embed_tokens(weight: Float[Tensor, "rows w"], tokens: AnyTokens) -> Float[Tensor, "b s w"]:
+    """Embed a text, whether its tokens are ids or relaxed.
+
+    Ids `[b, s]` pick their rows of `weight`, as `nn.Embedding` does; relaxed tokens `[b, s, v]` mix
+    the first `v` rows: `tokens @ weight[:v]`, by which a one-hot text is read as its ids are. The
+    dtype is that of `weight`, under autocast too. An embedding's `padding_idx` and `max_norm` are
+    not looked at.
+
+    Args:
+        weight: a row per id, such as `embedding.weight`; further rows are never read.
+        tokens: ids `[b, s]`, or floats `[b, s, v]`.
+
+    Raises:
+        ValueError: relaxed tokens over more ids than there are rows.
+
+    Examples:
+        >>> import torch
+        >>> weight, ids = torch.eye(3)[:, :2], torch.tensor([[2, 0]])
+        >>> embed_tokens(weight, ids)
+        tensor([[[0., 0.],
+                 [1., 0.]]])
+        >>> embed_tokens(weight, torch.tensor([[[0.5, 0.5, 0.0]]]))
+        tensor([[[0.5000, 0.5000]]])
+    """
+    if not tokens.is_floating_point():
+        return F.embedding(tokens, weight)
+    ids = tokens.shape[-1]
+    if ids > len(weight):
+        raise ValueError(
+            f"`tokens` are relaxed over {ids} ids, but `weight` has {len(weight)} rows"
+        )
+    with no_autocast(weight):
+        return tokens.to(weight.dtype) @ weight[:ids]
+
+
+def reading_relaxed(origin: str) -> AbstractContextManager[object]:
+    """Where a network fails to read a relaxed text, say whence it is and what to do."""
+    return nullcontext() if torch.compiler.is_compiling() else _naming(origin)
+
+
+def need_logits(output: Denoised, tokens: Tensor, vocab_size: int) -> Logits:
+    """The logits of a forward, or an error that says what the model did wrong."""
+    if output.logits is None:
+        raise ValueError("the denoiser returned no logits where need='logits' or 'both' asked")
+    expected = (*tokens.shape, vocab_size)
+    if output.logits.shape != expected:
+        raise ValueError(
+            f"the denoiser's logits must have shape [b, s, v] = {list(expected)}, got "
+            f"{list(output.logits.shape)}; is `text_process.vocab_size` the width of its text head?"
+        )
+    return output.logits
+
+
+def need_latents(output: Denoised, latents: Tensor) -> Latents:
+    """The latent prediction of a forward, or an error that says what the model did wrong."""
+    if output.latent_prediction is None:
+        raise ValueError(
+            "the denoiser returned no latent prediction where need='latents' or 'both' asked"
+        )
+    checks.check_same_shape("latent_prediction", output.latent_prediction, "latents", latents)
+    return output.latent_prediction
+
+
+def refuse_unused(denoiser: Denoiser) -> None:
+    """Refuse a network whose DDP looks for unused parameters, where several passes learn from it.
+
+    DDP takes what the last pass does not reach for unused, and fails at the gradient of another.
+    """
+    network = getattr(denoiser, "network", None)
+    if not isinstance(network, nn.parallel.DistributedDataParallel) or network.static_graph:
+        return
+    if network.find_unused_parameters and torch.is_grad_enabled():
+        raise ValueError(
+            "the denoiser's network is in DistributedDataParallel(find_unused_parameters=True), "
+            "and this step runs several passes of it, the last of which need not reach every "
+            "parameter: PyTorch would fail with 'marked as ready twice'. Wrap the whole step, "
+            "DistributedDataParallel(StepModule(denoiser, objective), ...), or set "
+            "find_unused_parameters=False"
+        )
+
+
+@contextmanager
+def _naming(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"the encoder pass failed on the relaxed text [b, s, v] {origin} "
+            f"({type(error).__name__}: {error}). A network reads ids and relaxed texts alike with "
+            "cyclevae.embed_tokens(embedding.weight, tokens) in place of embedding(tokens), which "
+            "check_denoiser(..., relaxed=True) tests; or use the bridge 'argmax' or 'categorical'"
+        ) from error
+
+
+def _wrapped(module: nn.Module) -> object:
+    # Names, not imports: torch.distributed may be missing and dynamo is slow to import.
+    if type(module).__name__ == "DistributedDataParallel":
+        return module.module
+    return module._modules.get("_orig_mod")

@@ -1,0 +1,88 @@
+"""What is refused: of the terms when an objective is made, of a step before its first pass."""
+
+from cyclevae.gradient_policy.gate import check_patterns
+from cyclevae.gradient_policy.roles import ROLES
+from cyclevae.model.denoiser import refuse_unused
+from cyclevae.objective.plan import Plan, Planned, make_plan
+from cyclevae.objective.requests import Own
+from cyclevae.objective.rows import Arranged
+from cyclevae.objective.step import Step
+from cyclevae.objective.term import Term
+from cyclevae.processes.schedules import Turn
+from cyclevae.scale.non_finite import NonFinite
+
+
+def check_terms(terms: tuple[Term, ...]) -> None:
+    """Refuse what are no terms, two of one name, and turns that nobody takes."""
+    if not terms:
+        raise ValueError("`terms` is empty, so there is nothing to train on; None is the recipe")
+    names: set[str] = set()
+    for term in terms:
+        if not isinstance(term, Term):
+            hint = f"; write {term.__name__}()" if isinstance(term, type) else ""
+            raise ValueError(f"`terms` must hold instances of Term, got {term!r}{hint}")
+        if term.name in names:
+            raise ValueError(
+                f"`terms` holds two of the name {term.name!r}, which their metrics would share: "
+                f"give one a name, as in {type(term).__name__}(name='{term.name}_2')"
+            )
+        names.add(term.name)
+    turns = [term.weight for term in terms if isinstance(term.weight, Turn)]
+    for turn in turns:
+        missing = set(range(turn.of)) - {other.turn for other in turns}
+        if missing and turn.together < 1:
+            raise ValueError(
+                f"of the {turn.of} turns that weights take, number {min(missing)} is nobody's, and "
+                "steps would pass without effect: give every weight of take_turns(...) to a term"
+            )
+
+
+def check_joining(terms: tuple[Term, ...], non_finite: NonFinite | None) -> None:
+    """Refuse to join passes of terms that must be told apart, or where none ever join."""
+    if non_finite == "zero":
+        raise ValueError(
+            "`join_passes` puts two terms into one pass, where non_finite='zero' cannot tell them "
+            "apart: use 'skip', or leave the passes apart"
+        )
+    for step in range(2):  # policies may take turns
+        planned = [Planned(term.name, 1.0, term.passes(step)) for term in terms]
+        if make_plan(planned, join_passes=True).joined:
+            return
+    raise ValueError(
+        "`join_passes` has no effect: it joins a decoder pass from a fully masked text with an "
+        "encoder pass from pure noise, both learning in all parameters, and these terms never ask "
+        "for both; let the base decoder loss mask all words, with time=1.0, or leave it out"
+    )
+
+
+def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
+    """Refuse what the plan cannot run on this batch and network; the rows that it can run on."""
+    for term in terms:  # also those that rest
+        for request in term.passes(step.number):
+            check_patterns(step.denoiser, request.freeze)
+    # the last pass of several must reach every parameter, or asks too much of DDP
+    if step.plan.number > 1 and step.plan.last().roles != ROLES:
+        refuse_unused(step.denoiser)
+    lacking = _lacks_rows(step.plan, step.rows)
+    if lacking is None:
+        return step.rows
+    if not step.counts:
+        raise ValueError(
+            f"`{lacking}` reads rows without a partner, and the batch holds none: give some, or "
+            "set pairs=True to read those of pairs too; a part of a step may lack them where "
+            "`counts` are given"
+        )
+    # other ranks run the pass, so this one does, and counts no row of it
+    return step.rows.marked()
+
+
+def _lacks_rows(plan: Plan, rows: Arranged) -> str | None:
+    """The first term that reads no row of this batch."""
+    for name, _, requests in plan.terms:
+        for request in requests:
+            if isinstance(request, Own):
+                continue
+            direction = rows.all_of(request.direction)
+            if rows.numbers(request.rows, direction) == (0, 0):
+                return name
+    return None

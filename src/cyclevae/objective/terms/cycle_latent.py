@@ -1,0 +1,149 @@
+"""The latent cycle."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cyclevae._base import checks
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import Count, Number, Scalar
+from cyclevae.bridges.text import AnyTextBridge, TextBridge
+from cyclevae.gradient_policy.presets import (
+    LATENT_POLICIES,
+    AnyPolicy,
+    PolicySchedule,
+    all_policies,
+    named_policy,
+    policy_at,
+)
+from cyclevae.losses.cycle_latent import cycle_latent_loss
+from cyclevae.losses.latent import AnyDistance, check_distance, errors_per_row
+from cyclevae.objective.requests import DECODER, ENCODER, Decode, Own, Request
+from cyclevae.objective.rows import Arranged
+from cyclevae.objective.step import Setting, Step, highest
+from cyclevae.objective.term import UnpairedTerm
+from cyclevae.processes.times import TimePolicy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CycleLatent(UnpairedTerm):
+    """L2T2L: distance of a latent and of what the encoder makes of the text written for it.
+
+    Metrics: `cycle_latent_loss`. The count is of elements, or of vectors for the cosine.
+
+    Attributes:
+        bridge: what text crosses: a `TextBridge`, its name, or a function. In steps of a
+            `PolicySchedule` in which nobody learns through it, ids of the same law do.
+        time: at which the encoder starts, a number or a `TimePolicy`.
+        show_latent: let the encoder see the noised true latent.
+        distance: see `latent_loss`.
+        policy: who learns: a `GradientPolicy`, a `PolicySchedule` or `stop_gradient`,
+            `encoder_isolated`, `full` or `alternating`.
+        pairs: run on the latents of pairs too, else only on those without a partner.
+
+    Raises:
+        ValueError: an option out of range, a policy that the bridge cannot follow; with its
+            process, an epsilon prediction that would be ill-conditioned.
+
+    Examples:
+        >>> [request.does for request in CycleLatent().passes(0)]
+        ['L2T makes y_hat', 'T2L reads y_hat']
+    """
+
+    bridge: AnyTextBridge = "categorical"
+    time: Number | TimePolicy = 1.0
+    show_latent: bool = False
+    distance: AnyDistance = "mse"
+    policy: AnyPolicy = "stop_gradient"
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "cycle_latent_weight": "weight",
+        "text_bridge": "bridge",
+        "bridge_time": "time",
+        "show_latent": "show_latent",
+        "cycle_latent_distance": "distance",
+        "latent_policy": "policy",
+        "cycle_pairs": "pairs",
+        "cycle_every": "every",
+        "cycle_fraction": "fraction",
+        "p_dual": "weight",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_time("time", self.time)
+        check_distance("distance", self.distance)
+        checks.check_type("show_latent", self.show_latent, bool)
+        policy = named_policy("policy", self.policy, LATENT_POLICIES)
+        object.__setattr__(self, "policy", policy)
+        bridge = TextBridge.of(self.bridge)
+        if isinstance(policy, PolicySchedule):
+            for each in all_policies(policy):
+                (bridge.detached if each.bridge == "detach" else bridge).check_policy(each)
+        else:
+            bridge.check_policy(policy)
+
+    def bridge_at(self, step: int) -> TextBridge:
+        """The bridge of a step."""
+        bridge = TextBridge.of(self.bridge)
+        closed = policy_at(self.policy, step).bridge == "detach"
+        return bridge.detached if closed and isinstance(self.policy, PolicySchedule) else bridge
+
+    def decodes(self, step: int) -> Decode:
+        """The pass that writes a text."""
+        policy = policy_at(self.policy, step)
+        return Decode(rows=self.rows, through=policy.bridge, freeze=policy.freeze_bridge)
+
+    def passes(self, step: int) -> tuple[Request, ...]:
+        """The decoder writes a text, and the encoder reads it."""
+        bridge, frozen = self.bridge_at(step), policy_at(self.policy, step).freeze
+        reads = Own(does="T2L reads y_hat", roles=ENCODER, freeze=frozen, number=bridge.texts)
+        more, judges = (
+            Own(does=does, roles=DECODER, learns=False, number=number)
+            for does, number in (
+                ("L2T writes on", bridge.steps - 1),
+                ("L2T judges y_hat", bridge.texts if bridge.marginal_weight else 0),
+            )
+        )
+        return self.decodes(step), *[own for own in (more, reads, judges) if own.number]
+
+    def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
+        """Elements of the latents that it reads."""
+        read = self.read(rows, "latent").sum()
+        return {"": read * errors_per_row(rows.latents, self.distance)}
+
+    def check(self, setting: Setting) -> None:
+        """The latent that is read off must be well-conditioned."""
+        setting.latent_process.refuse_ill_conditioned(highest(self.time))
+
+    def check_step(self, step: Step) -> None:
+        """Latents are needed, and a prediction that still is well-conditioned."""
+        step.rows.need_latents()
+        step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
+
+    def loss(self, step: Step) -> Scalar:
+        """The distance of latents, and of what the encoder makes of their texts."""
+        asked, bridge = self.decodes(step.number), self.bridge_at(step.number)
+        decoded = step.decoded(asked)
+        time = step.time(self.time, decoded.latents)
+        error = cycle_latent_loss(
+            step.denoiser,
+            decoded.latents,
+            decoded.mask,
+            **step.processes,
+            y_hat=step.pseudo_text(asked, bridge) if bridge.reads_logits_alone else None,
+            logits=None if bridge.reads_logits_alone else decoded.logits,
+            bridge=bridge,
+            show_latent=self.show_latent,
+            time=time,
+            generator=step.generator,
+            policy=policy_at(self.policy, step.number),
+            distance=self.distance,
+            reduction="none",
+        )
+        return reduce_latents(
+            error,
+            reduction="mean",
+            rows=self.there(step.rows, "latent"),
+            count=step.denominator(),
+        )

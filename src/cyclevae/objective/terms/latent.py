@@ -1,0 +1,159 @@
+"""The base encoder loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+
+from cyclevae._base import checks
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import Count, Number, Prediction, Scalar
+from cyclevae.losses.latent import (
+    AnyDistance,
+    check_distance,
+    encoded_loss,
+    errors_per_row,
+    min_snr_weight,
+    t2l_loss,
+)
+from cyclevae.objective.requests import ENCODER, Encode, Own, Request
+from cyclevae.objective.rows import Arranged, Share
+from cyclevae.objective.step import Setting, Step
+from cyclevae.objective.term import Term, Weight
+from cyclevae.processes.times import TimePolicy
+
+_NOTHING = 1e-3  # a share of the weight of other times below which a time teaches nothing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Latent(Term):
+    """T2L on pairs: a distance of the encoder's prediction, a mean over elements: see `t2l_loss`.
+
+    It weighs 5 beside cross-entropies of a token. Metrics: `latent_loss`. The count is of
+    elements, or of vectors for the cosine.
+
+    Attributes:
+        time: of the latents, a number or a `TimePolicy`: 1 shows the encoder nothing but noise, and
+            shares the pass of a bridge that starts there.
+        distance: `mse`, `cosine`, `normalized_mse`, or a function: see `latent_loss`.
+        space: in which predictions are compared; the model's own if None.
+        min_snr: a cap of the signal-to-noise ratio: see `min_snr_weight`.
+
+    Raises:
+        ValueError: an option out of range; with its process, a space into which the prediction
+            cannot be converted at these times, or a `min_snr` that takes all weight from them.
+
+    Examples:
+        >>> Latent().passes(0)[0].does
+        'T2L of the text'
+    """
+
+    weight: Weight = 5.0
+    time: Number | TimePolicy = 1.0
+    distance: AnyDistance = "mse"
+    space: Prediction | None = None
+    min_snr: Number | None = None
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "latent_weight": "weight",
+        "base_latent_time": "time",
+        "latent_distance": "distance",
+        "latent_space": "space",
+        "min_snr": "min_snr",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_time("time", self.time)
+        check_distance("distance", self.distance)
+        if self.space is not None:
+            checks.check_choice("space", self.space, get_args(Prediction))
+        if self.min_snr is not None:
+            checks.check_positive("min_snr", self.min_snr)
+
+    @property
+    def rows(self) -> Share:
+        """Pairs alone."""
+        return Share(pairs=self.fraction)
+
+    def passes(self, step: int) -> tuple[Request, ...]:
+        """The encoder's; below full noise it sees the latent, and no bridge may read it."""
+        does = "T2L of the text"
+        if self.time == 1:
+            return (Encode(rows=self.rows, does=does),)
+        return (Own(does=does, roles=ENCODER),)
+
+    def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
+        """Elements of the pairs."""
+        pairs = rows.pick(rows.whole(), self.rows)
+        return {"": pairs.sum() * errors_per_row(rows.latents, self.distance)}
+
+    def check(self, setting: Setting) -> None:
+        """The conversion must be sound at all times that can be told, and weigh something."""
+        process = setting.latent_process
+        space = self.space or process.prediction
+        if isinstance(self.time, TimePolicy):
+            for end in (self.time.lowest(), self.time.highest()):  # whatever comes between
+                process.refuse_ill_conditioned(end, space=space)
+            return
+        process.refuse_ill_conditioned(self.time, space=space)
+        if self.min_snr is None:
+            return
+        there = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+        now = torch.tensor([self.time], dtype=torch.float64)
+        weight, best = (
+            min_snr_weight(process, t, space=space, gamma=self.min_snr).max().item()
+            for t in (now, there)
+        )
+        if weight < _NOTHING * best:
+            raise ValueError(
+                f"`min_snr` = {self.min_snr:g} weighs time {self.time:g} with {weight:.1e}, beside "
+                f"{best:.2g} at others, so that the loss teaches nothing: draw times, as in "
+                "time=TimePolicy('uniform'), or leave `min_snr` out"
+            )
+
+    def check_step(self, step: Step) -> None:
+        """Pairs are needed, and times at which the conversion is sound."""
+        step.rows.need_pairs(self.name)
+        if isinstance(self.time, TimePolicy) and callable(self.time.high):
+            cap = self.time.highest(step.number)
+            step.latent_process.refuse_ill_conditioned(cap, space=self._space(step))
+
+    def loss(self, step: Step) -> Scalar:
+        """The distance of the prediction and what it should be."""
+        pairs, _ = self.rows.numbers(step.rows.paired, step.rows.paired, marked=False)
+        latents = step.rows.need_latents()[:pairs]
+        options: dict[str, Any] = {
+            "latent_process": step.latent_process,
+            "space": self.space,
+            "distance": self.distance,
+            "min_snr": self.min_snr,
+            "reduction": "none",
+        }
+        (asked,) = self.passes(step.number)
+        if isinstance(asked, Encode):
+            error = encoded_loss(step.encoded(asked), latents, **options)
+        else:
+            tokens, mask = step.rows.need_texts().first(pairs)
+            error = t2l_loss(
+                step.denoiser,
+                tokens,
+                latents,
+                mask,
+                text_process=step.text_process,
+                time=self.time,
+                step=step.number,
+                generator=step.generator,
+                **options,
+            )
+        there = step.rows.has_both
+        return reduce_latents(
+            error,
+            reduction="mean",
+            rows=None if there is None else there[:pairs],
+            count=step.denominator(),
+        )
+
+    def _space(self, step: Step) -> Prediction:
+        return self.space or step.latent_process.prediction

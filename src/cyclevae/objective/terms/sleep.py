@@ -1,0 +1,76 @@
+"""The sleep term of DDVI."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cyclevae._base.reduce import reduce_latents
+from cyclevae._base.types import Count, Scalar
+from cyclevae.bridges.text import pseudo_text
+from cyclevae.losses.latent import errors_per_row
+from cyclevae.objective.requests import ENCODER, Decode, Own, Request
+from cyclevae.objective.rows import Arranged
+from cyclevae.objective.step import Setting, Step
+from cyclevae.objective.term import UnpairedTerm
+from cyclevae.priors.ddvi import ddvi_sleep_loss
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sleep(UnpairedTerm):
+    """T2L of texts that the decoder dreams of real latents: see `ddvi_sleep_loss`.
+
+    Metrics: `sleep_loss`. The count is of elements.
+
+    Attributes:
+        pairs: run on the latents of pairs too, else only on those without a partner.
+
+    Examples:
+        >>> Sleep().passes(0)[0].learns
+        False
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {"sleep_weight": "weight"}
+
+    @property
+    def dreams(self) -> Decode:
+        """The pass that dreams."""
+        return Decode(rows=self.rows, through="detach", does="L2T dreams")
+
+    def passes(self, step: int) -> tuple[Request, ...]:
+        """The decoder dreams, and the encoder reads the dream."""
+        return self.dreams, Own(does="T2L reads a dreamt text", roles=ENCODER)
+
+    def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
+        """Elements of the latents that it reads."""
+        read = self.read(rows, "latent").sum()
+        return {"": read * errors_per_row(rows.latents)}
+
+    def check_step(self, step: Step) -> None:
+        """Latents are needed."""
+        step.rows.need_latents()
+
+    def loss(self, step: Step) -> Scalar:
+        """The error of denoising the latents, given their dreamt texts."""
+        decoded = step.decoded(self.dreams)
+        dream = pseudo_text(
+            decoded.logits,
+            decoded.mask,
+            text_process=step.text_process,
+            bridge="categorical",
+            generator=step.generator,
+        )
+        error = ddvi_sleep_loss(
+            step.denoiser,
+            decoded.latents,
+            decoded.mask,
+            **step.processes,
+            y_hat=dream,
+            generator=step.generator,
+            reduction="none",
+        )
+        return reduce_latents(
+            error,
+            reduction="mean",
+            rows=self.there(step.rows, "latent"),
+            count=step.denominator(),
+        )

@@ -1,0 +1,111 @@
+"""The base decoder loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cyclevae._base import checks
+from cyclevae._base.types import Count, Number, Scalar
+from cyclevae.losses.text import decode_masked, text_loss
+from cyclevae.objective.requests import DECODER, Decode, Own, Request
+from cyclevae.objective.rows import Arranged, Share
+from cyclevae.objective.step import Setting, Step, highest
+from cyclevae.objective.term import Term
+from cyclevae.processes.times import UNIFORM, TimePolicy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Text(Term):
+    """L2T on pairs: cross-entropy of the masked words, given the latent and the words left.
+
+    Metrics: `text_loss`, and `text_accuracy`, the share of the masked words that the decoder gets
+    right. The count is of masked words; where their number is drawn, of those to be expected.
+
+    Attributes:
+        time: the rate at which words are masked, a number or a `TimePolicy`: 1 masks all of them,
+            and shares the pass that writes pseudo-texts; less shows the rest, as decoding in
+            several passes does.
+
+    Raises:
+        ValueError: an option out of range, or a time of 0, at which no word is masked.
+
+    Examples:
+        >>> Text(time=1.0).passes(0)[0].does
+        'L2T of the latent'
+    """
+
+    time: Number | TimePolicy = UNIFORM
+
+    expected_counts: ClassVar[tuple[str, ...]] = ("",)
+    renamed: ClassVar[Mapping[str, str]] = {"text_weight": "weight", "base_text_time": "time"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_time("time", self.time)
+        if (self.time.high if isinstance(self.time, TimePolicy) else self.time) == 0:
+            raise ValueError(
+                "`time` is the rate at which words are masked, and at 0 the loss is 0 for ever: "
+                "give a rate above 0, or leave the term out"
+            )
+
+    @property
+    def rows(self) -> Share:
+        """Pairs alone."""
+        return Share(pairs=self.fraction)
+
+    def passes(self, step: int) -> tuple[Request, ...]:
+        """The decoder's, shared where the text is fully masked."""
+        does = "L2T of the latent"
+        if self.time == 1:
+            return (Decode(rows=self.rows, does=does),)
+        return (Own(does=does, roles=DECODER),)
+
+    def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
+        """Masked words of the pairs; none where the cap of the rate moves."""
+        rate = self.time.average() if isinstance(self.time, TimePolicy) else self.time
+        if rate is None:
+            return {}
+        pairs = rows.pick(rows.whole(), self.rows)
+        words = rows.words(setting.text_process)[: len(pairs)]
+        return {"": (words & pairs[:, None]).sum() * rate}
+
+    def depends_on_split(self, *, accumulates: bool) -> str | None:
+        """Where the cap moves, each call divides by the words that it masks."""
+        if isinstance(self.time, TimePolicy) and self.time.average() is None:
+            return (
+                "`time` has a cap that moves: each call divides by the words that it masks, which "
+                "depends on the split; give it a fixed cap here"
+            )
+        return super().depends_on_split(accumulates=accumulates)
+
+    def check_step(self, step: Step) -> None:
+        """Pairs are needed."""
+        step.rows.need_pairs(self.name)
+        highest(self.time, step.number)
+
+    def loss(self, step: Step) -> Scalar:
+        """Cross-entropy of what was masked."""
+        pairs, _ = self.rows.numbers(step.rows.paired, step.rows.paired, marked=False)
+        texts = step.rows.need_texts().first(pairs)
+        (asked,) = self.passes(step.number)
+        if isinstance(asked, Decode):
+            targets, taught = step.text_process.targets(*texts)
+            # pseudo-texts of the same pass may be longer than any text
+            logits = step.decoded(asked).logits[:, : targets.shape[1]]
+        else:
+            logits, targets, taught = decode_masked(
+                step.denoiser,
+                texts.tokens,
+                step.rows.need_latents()[:pairs],
+                texts.mask,
+                text_process=step.text_process,
+                time=self.time,
+                step=step.number,
+                generator=step.generator,
+            )
+        if step.rows.has_both is not None:
+            taught = taught & step.rows.has_both[:pairs, None]
+        best = logits.detach().max(dim=-1).indices  # several times faster than argmax on a CPU
+        hits = (best == targets) & taught
+        step.metrics[f"{self.name}_accuracy"] = hits.sum() / taught.sum().clamp(min=1)
+        return text_loss(logits, targets, taught, count=step.denominator())

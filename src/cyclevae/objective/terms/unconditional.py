@@ -1,0 +1,109 @@
+"""The unconditional mode."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from cyclevae._base import checks
+from cyclevae._base.types import Count, Number, Scalar
+from cyclevae.losses.latent import errors_per_row
+from cyclevae.losses.unconditional import unconditional_loss
+from cyclevae.objective.requests import Own, Request
+from cyclevae.objective.rows import Arranged, Share
+from cyclevae.objective.step import Setting, Step
+from cyclevae.objective.term import Term
+from cyclevae.processes.times import TimePolicy, stratified_times
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unconditional(Term):
+    """Denoise both parts at once; a row without a partner trains the part it has.
+
+    See `unconditional_loss`. Metrics: `unconditional_text_loss` and `unconditional_latent_loss`,
+    whose sum is weighed. The counts are of words and of elements.
+
+    Attributes:
+        latent_time: of the latents, a number or a `TimePolicy`; stratified uniform if None.
+        null_text_rate: the share of pairs whose text is fully masked, the state that the priors
+            `learned` and `ddvi` read; if None, 0.1 beside one of them, else 0.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Examples:
+        >>> Unconditional(null_text_rate=0.2).passes(0)[0].does
+        'both parts noised'
+    """
+
+    latent_time: Number | TimePolicy | None = None
+    null_text_rate: Number | None = None
+
+    parts: ClassVar[tuple[str, ...]] = ("text", "latent")
+    expected_counts: ClassVar[tuple[str, ...]] = ("text",)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "unconditional_weight": "weight",
+        "unconditional_latent_time": "latent_time",
+        "null_text_rate": "null_text_rate",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_time("latent_time", self.latent_time)
+        if self.null_text_rate is not None:
+            checks.check_share("null_text_rate", self.null_text_rate)
+
+    @property
+    def rows(self) -> Share:
+        """All."""
+        return Share(self.fraction, self.fraction)
+
+    def passes(self, step: int) -> tuple[Request, ...]:
+        """One over the rows of both directions."""
+        return (Own(does="both parts noised"),)
+
+    def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
+        """Words less those that a null rate leaves out, and elements."""
+        rows = rows.part(self.rows)
+        words, latents = rows.words(setting.text_process), rows.present()[1]
+        left_out = self._null_rate(setting) * words[: rows.paired].sum()
+        return {
+            "text": words.sum() - left_out,
+            "latent": latents.sum() * errors_per_row(rows.latents),
+        }
+
+    def check_step(self, step: Step) -> None:
+        """Texts and latents are needed, paired or not."""
+        step.rows.need_texts()
+        step.rows.need_latents()
+
+    def loss(self, step: Step) -> dict[str, Scalar]:
+        """The two losses of the mode."""
+        read = step.rows.part(self.rows)
+        paired, rows = read.paired, read.side_by_side(step.generator)
+        has_text, rate = rows.has_text, self._null_rate(step.setting)
+        if rate > 0:
+            device = rows.mask.device
+            kept = stratified_times(paired, device=device, generator=step.generator) > rate
+            has_text = has_text & F.pad(kept, (0, len(has_text) - paired), value=True)
+        time = None if self.latent_time is None else step.time(self.latent_time, rows.tokens)
+        text, latent = unconditional_loss(
+            step.denoiser,
+            step.text_process.pad(rows.tokens, rows.mask),
+            rows.latents,
+            rows.mask,
+            **step.processes,
+            has_text=has_text,
+            has_latent=rows.has_latent,
+            latent_time=time,
+            generator=step.generator,
+            text_count=step.denominator("text"),
+            latent_count=step.denominator("latent"),
+        )
+        return {"text": text, "latent": latent}
+
+    def _null_rate(self, setting: Setting) -> Number:
+        if self.null_text_rate is not None:
+            return self.null_text_rate
+        return 0.1 if setting.reads_teacher else 0.0

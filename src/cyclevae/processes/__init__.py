@@ -1,0 +1,1 @@
+"""What noise does to text and to latents, and when."""

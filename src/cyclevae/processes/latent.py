@@ -1,0 +1,303 @@
+"""The forward process of latents: Gaussian noise, and what the model predicts of it."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cyclevae._base import checks
+from cyclevae._base.precision import fp32
+from cyclevae._base.types import Latents, Number, Prediction, Time
+
+LatentSchedule = Literal["cosine", "linear", "sigmoid", "continuous_cosine"]
+AlphaSigma = Callable[[Time], tuple[Time, Time]]
+
+
+def noise_latents(latents: Latents, noise: Latents, alpha: Time, sigma: Time) -> Latents:
+    """Noise latents: `z_t = alpha z + sigma epsilon`."""
+    alpha, sigma = _rowwise(latents, alpha, sigma)
+    return alpha * latents + sigma * noise
+
+
+def convert(
+    value: Latents,
+    z_t: Latents,
+    alpha: Time,
+    sigma: Time,
+    *,
+    source: Prediction,
+    target: Prediction,
+) -> Latents:
+    """Convert a prediction between `epsilon`, `x0` and `v = alpha epsilon - sigma x0`.
+
+    Computed in fp32 or better: in bf16 at full noise a perfect epsilon decodes to an error of 15.
+    At `alpha = 0`, epsilon says nothing of x0, and at `sigma = 0`, x0 nothing of epsilon: these
+    conversions divide by zero.
+
+    Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
+
+    Examples:
+        >>> z_t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]])
+        >>> alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
+        >>> convert(v, z_t, alpha, sigma, source="v", target="x0")
+        tensor([[0.2000]])
+    """
+    checks.check_choice("source", source, get_args(Prediction))
+    checks.check_choice("target", target, get_args(Prediction))
+    checks.check_same_shape("value", value, "z_t", z_t)
+    value, z_t = fp32(value), fp32(z_t)
+    if source == target:
+        return value
+    alpha, sigma = _rowwise(value, alpha, sigma)
+    match source, target:
+        case "epsilon", "x0":
+            return (z_t - sigma * value) / alpha
+        case "epsilon", "v":
+            return (value - sigma * z_t) / alpha
+        case "x0", "epsilon":
+            return (z_t - alpha * value) / sigma
+        case "x0", "v":
+            return (alpha * z_t - value) / sigma
+        case "v", "x0":
+            return alpha * z_t - sigma * value
+        case _:
+            return sigma * z_t + alpha * value
+
+
+def direction(latents: Latents) -> Latents:
+    """Each vector (the last axis) at norm 1, in fp32 or better.
+
+    A vector shorter than 1e-8 has no direction: it is multiplied by 1e8, without a gradient.
+    """
+    latents = fp32(latents)
+    norm = latents.detach().norm(dim=-1, keepdim=True)
+    latents = torch.where(norm > 1e-8, latents, latents.detach())
+    return F.normalize(latents, dim=-1, eps=1e-8)
+
+
+@dataclass(frozen=True)
+class LatentProcess:
+    """The variance-preserving latent process: a noise schedule and what the model predicts.
+
+    The discretised schedules have 1000 steps, and time `t` in [0, 1] means step `floor(999 t)`:
+    `cosine` (Nichol and Dhariwal, https://arxiv.org/abs/2102.09672, betas clipped to
+    [1e-4, 0.9999]), `linear` and `sigmoid` (betas from 1e-4 to 0.02). `continuous_cosine` is
+    `alpha = cos(pi t / 2)`, exactly 0 at full noise. A callable `t -> (alpha, sigma)` brings a
+    schedule of one's own.
+
+    Attributes:
+        schedule: the noise schedule.
+        prediction: what the latent head predicts.
+        max_gain: refuse to read a clean latent off an epsilon prediction where `sigma / alpha`,
+            which multiplies the prediction's error, is above this; likewise an epsilon off an x0
+            prediction where `alpha / sigma` is.
+        shape: of one latent, `(d,)` or `(n, d)`; needed only where noise must be drawn and the
+            batch holds no latents.
+
+    Raises:
+        ValueError: an unknown schedule or prediction, or a bad `max_gain`.
+
+    Examples:
+        >>> import torch
+        >>> process = LatentProcess("cosine", prediction="epsilon")
+        >>> process.gain(torch.tensor([0.5, 0.9, 1.0])).round(decimals=2).tolist()
+        [1.00999..., 6.36999..., 641...]
+    """
+
+    schedule: LatentSchedule | AlphaSigma = "cosine"
+    prediction: Prediction = "v"
+    max_gain: Number = 10.0
+    shape: tuple[int, ...] | None = None
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, str):
+            checks.check_choice("schedule", self.schedule, get_args(LatentSchedule))
+        checks.check_choice("prediction", self.prediction, get_args(Prediction))
+        checks.check_positive("max_gain", self.max_gain)
+        if self.shape is not None:
+            shape = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
+            if len(shape) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(f"`shape` must be (d,) or (n, d), got {self.shape!r}")
+            object.__setattr__(self, "shape", shape)
+        if callable(self.schedule):
+            alpha, sigma = self.schedule(torch.linspace(0, 1, 5))
+            if self.prediction == "v" and not torch.allclose(
+                alpha**2 + sigma**2, torch.ones(5), atol=1e-3
+            ):
+                raise ValueError(
+                    "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 "
+                    f"must be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; "
+                    "predict `x0` or `epsilon`"
+                )
+        elif self.schedule != "continuous_cosine":
+            self.alpha_sigma(torch.zeros(1, device="cpu"))  # so that no table is made while tracing
+
+    def alpha_sigma(self, time: Time) -> tuple[Time, Time]:
+        """Signal and noise amplitudes at a time, `[b]` each, fp32 or better.
+
+        Raises:
+            ValueError: a time outside [0, 1].
+        """
+        time = checks.as_time("time", time, time)
+        if callable(self.schedule):
+            return self.schedule(time)
+        if self.schedule == "continuous_cosine":
+            quarter = math.pi / 2
+            return torch.sin(quarter * (1 - time)), torch.sin(quarter * time)
+        key = time.device, time.dtype
+        if key not in self._tables:  # float64 ends on the CPU: some devices have none
+            alpha_bar = _discrete_alpha_bar(self.schedule)
+            table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
+            self._tables[key] = table.to(time.dtype).to(time.device)
+        alpha, sigma = self._tables[key][:, (time * 999).long()]
+        return alpha, sigma
+
+    def gain(self, time: Time) -> Time:
+        """`sigma / alpha` `[b]`, by which x0-from-epsilon multiplies the prediction's error."""
+        alpha, sigma = self.alpha_sigma(time)
+        return sigma / alpha
+
+    def snr(self, time: Time) -> Time:
+        """The signal-to-noise ratio `S = alpha^2 / sigma^2` `[b]`; infinite without noise."""
+        alpha, sigma = self.alpha_sigma(time)
+        return (alpha / sigma).square()
+
+    def noised(self, latents: Latents, noise: Latents, time: Time) -> Latents:
+        """Latents at a time, in their own dtype."""
+        checks.check_same_shape("noise", noise, "latents", latents)
+        return noise_latents(latents, noise, *self.alpha_sigma(time)).to(latents.dtype)
+
+    def target(
+        self, latents: Latents, noise: Latents, time: Time, *, space: Prediction | None = None
+    ) -> Latents:
+        """What the model should predict, or the same in another `space`; fp32 or better."""
+        checks.check_same_shape("noise", noise, "latents", latents)
+        match space or self.prediction:
+            case "epsilon":
+                return fp32(noise)
+            case "x0":
+                return fp32(latents)
+            case "v":
+                alpha, sigma = _rowwise(latents, *self.alpha_sigma(time))
+                return alpha * noise - sigma * latents
+
+    def to_x0(self, prediction: Latents, z_t: Latents, time: Time) -> Latents:
+        """The clean latents a prediction means, in the dtype of `z_t`.
+
+        Raises:
+            ValueError: an epsilon prediction where `gain` is above `max_gain`.
+
+        Examples:
+            >>> process, time = LatentProcess(prediction="v"), torch.tensor([0.5])
+            >>> z, noise = torch.ones(1, 2), torch.zeros(1, 2)
+            >>> v, z_t = process.target(z, noise, time), process.noised(z, noise, time)
+            >>> process.to_x0(v, z_t, time).round(decimals=3)
+            tensor([[1., 1.]])
+        """
+        return self.in_space(prediction, z_t, time, space="x0").to(z_t.dtype)
+
+    def in_space(
+        self, prediction: Latents, z_t: Latents, time: Time, *, space: Prediction
+    ) -> Latents:
+        """A prediction of the model in another prediction space, fp32 or better.
+
+        Raises:
+            ValueError: a conversion that would multiply the prediction's error by more than
+                `max_gain`.
+
+        Examples:
+            >>> process, time = LatentProcess(prediction="v"), torch.tensor([0.5])
+            >>> v, z_t = torch.zeros(1, 2), torch.ones(1, 2)
+            >>> process.in_space(v, z_t, time, space="epsilon").round(decimals=2)
+            tensor([[0.7100, 0.7100]])
+        """
+        checks.check_same_shape("prediction", prediction, "z_t", z_t)
+        self.refuse_ill_conditioned(time, space=space)
+        alpha, sigma = self.alpha_sigma(time)
+        return convert(prediction, z_t, alpha, sigma, source=self.prediction, target=space)
+
+    def ddim(self, x0: Latents, z_t: Latents, time: Time, to: Time) -> Latents:
+        """One deterministic step to an earlier time: `alpha' x0 + sigma' epsilon`.
+
+        `epsilon = (z_t - alpha x0) / sigma` is the noise that `x0` leaves in `z_t`.
+
+        Reference: Song et al., https://arxiv.org/abs/2010.02502, eq. 12 without noise.
+
+        Examples:
+            >>> process = LatentProcess("continuous_cosine")
+            >>> process.ddim(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), torch.zeros(1))
+            tensor([[1., 1.]])
+        """
+        checks.check_same_shape("x0", x0, "z_t", z_t)
+        alpha, sigma = _rowwise(z_t, *self.alpha_sigma(time))
+        next_alpha, next_sigma = _rowwise(z_t, *self.alpha_sigma(to))
+        kept = next_sigma / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # 0, not 0/0, at time 0
+        return (next_alpha * x0 + kept * (z_t - alpha * x0)).to(z_t.dtype)
+
+    def refuse_ill_conditioned(self, time: Number | Time, *, space: Prediction = "x0") -> None:
+        """Refuse times at which the model's prediction says next to nothing in another space.
+
+        Above all: of the clean latent, near full noise, where the model predicts epsilon. A number
+        is always checked, a tensor where values are (see `check_values`).
+
+        Raises:
+            ValueError: the gain is above `max_gain`; the message lists the cures.
+        """
+        if self.prediction in ("v", space) or torch.compiler.is_compiling():
+            return
+        if not isinstance(time, Tensor):
+            time = torch.tensor([time], dtype=torch.float64)
+        elif not checks.reads_values(time):
+            return
+        if not len(time):
+            return
+        gains = self.gain(time) if self.prediction == "epsilon" else 1 / self.gain(time)
+        row = int(gains.argmax())
+        gain = gains[row].item()
+        if gain <= self.max_gain:
+            return
+        problem = (
+            f"an {self.prediction} prediction at time {time[row].item():g} has a gain of "
+            f"{gain:.4g}, above max_gain = {self.max_gain:g}: its error would be multiplied by "
+            "that much"
+        )
+        if self.prediction == "x0":
+            raise ValueError(
+                f"{problem} in the space of {space!r}. Ways out: compute the loss in the space of "
+                "the prediction, or at higher times, such as those of TimePolicy('uniform', "
+                "low=0.1)"
+            )
+        raise ValueError(
+            f"{problem} and the latent would be garbage that losses do not show. Ways out: predict "
+            "`v` or `x0` (the only full cure); or start the bridge at a capped time such as 0.9, "
+            "with the base T2L trained at times up to that cap, such as those of "
+            "TimePolicy('uniform', high=0.9), and take a few DDIM steps, the last one "
+            "differentiable: LatentBridge(steps=4) with GradientPolicy('last')"
+        )
+
+
+def _discrete_alpha_bar(schedule: str, steps: int = 1000) -> Tensor:
+    low, high = 1e-4, 0.02
+    match schedule:
+        case "cosine":
+            grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+            alpha_bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
+            betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(1e-4, 0.9999)
+        case "linear":
+            betas = torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")
+        case _:
+            logistic = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid()
+            betas = logistic * (high - low) + low
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def _rowwise(like: Tensor, *scales: Tensor) -> Iterable[Tensor]:
+    shape = (-1,) + (1,) * (like.ndim - 1)
+    return (scale.view(shape) for scale in scales)

@@ -1,0 +1,151 @@
+"""At which diffusion times a step trains."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from cyclevae._base.checks import check_choice, check_positive
+from cyclevae._base.types import Number, Schedule, Time
+from cyclevae.processes.schedules import Anneal
+
+TimeDistribution = Literal["full", "uniform", "logit_normal"]
+_IGNORED = {
+    "full": ("low", "stratified", "mean", "std"),
+    "uniform": ("mean", "std"),
+    "logit_normal": (),
+}
+
+
+@dataclass(frozen=True)
+class TimePolicy:
+    """The times `[rows]` of a pass, in `[low, high]`.
+
+    `full` is constant at the cap `high`; `uniform` is `low + (high - low) u`; `logit_normal` is
+    `low + (high - low) sigmoid(mean + std n)` with a standard normal `n`, which prefers middle
+    times. `stratified` draws one `u` from each of `rows` equal parts of (0, 1), in random order
+    (`n` is its normal quantile), which lowers the variance of the loss.
+
+    Attributes:
+        distribution: `full`, `uniform` or `logit_normal`.
+        low: the lowest time.
+        high: the highest time, the cap; it may be a function of the step, such as `anneal(...)`.
+        stratified: whether the times of a batch are spread evenly.
+        mean: of the normal variable in `logit_normal`; above 0 for more noise.
+        std: its standard deviation.
+
+    Raises:
+        ValueError: an unknown distribution, a time outside [0, 1], `low` above `high`, a `std` that
+            is not above 0, or an option that the distribution ignores.
+
+    Reference: stratified times, https://arxiv.org/abs/2107.00630, appendix I; logit-normal times,
+    https://arxiv.org/abs/2403.03206.
+
+    Examples:
+        >>> TimePolicy()(3)
+        tensor([1., 1., 1.])
+        >>> times = TimePolicy("uniform", high=0.8)(4, generator=torch.Generator().manual_seed(0))
+        >>> times.sort().values  # one in each quarter of [0, 0.8]
+        tensor([0.1007, 0.3007, 0.5007, 0.7007])
+    """
+
+    distribution: TimeDistribution = "full"
+    low: Number = 0.0
+    high: Number | Anneal | Schedule = 1.0
+    stratified: bool = True
+    mean: Number = 0.0
+    std: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("distribution", self.distribution, get_args(TimeDistribution))
+        for name in _IGNORED[self.distribution]:
+            if getattr(self, name) != getattr(TimePolicy, name):
+                raise ValueError(
+                    f"`{name}` = {getattr(self, name)!r} has no effect on the distribution "
+                    f"{self.distribution!r}: drop it, or choose another distribution"
+                )
+        if not 0 <= self.low <= 1:
+            raise ValueError(f"`low` must lie in [0 (clean), 1 (full noise)], got {self.low!r}")
+        if not callable(self.high):
+            self._check_cap("high", self.high)
+        if not math.isfinite(self.mean):
+            raise ValueError(f"`mean` must be finite, got {self.mean!r}")
+        check_positive("std", self.std)
+
+    def lowest(self, step: int = 0) -> Number:
+        """The lowest time that can come at a step."""
+        return self.highest(step) if self.distribution == "full" else self.low
+
+    def highest(self, step: int = 0) -> Number:
+        """The highest time that can come at a step: the cap.
+
+        Raises:
+            ValueError: a cap, as a function of the step, that is below `low` or above 1.
+        """
+        if not callable(self.high):
+            return self.high
+        cap = self.high(step)
+        if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
+            self._check_cap(f"high({step})", cap)
+        return cap
+
+    def average(self) -> float | None:
+        """The expected time; None where the cap moves with the step.
+
+        Examples:
+            >>> TimePolicy("uniform", low=0.5).average()
+            0.75
+        """
+        if callable(self.high):
+            return None
+        share = {"full": 1.0, "uniform": 0.5}.get(self.distribution)
+        if share is None:
+            u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+            share = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).mean().item()
+        return self.low + (self.high - self.low) * share
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        step: int = 0,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Time:
+        """Draw the times `[rows]`, in fp32; `full` draws nothing."""
+        high = torch.full((rows,), self.highest(step), dtype=torch.float32, device=device)
+        if self.distribution == "full":
+            return high
+        if self.stratified:
+            u = stratified_times(rows, device=device, generator=generator)
+        else:
+            u = 1 - torch.rand(rows, dtype=torch.float32, device=device, generator=generator)
+        if self.distribution == "logit_normal":
+            u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+            u = u.clamp(1e-7, 1 - 1e-7)  # a logit-normal variable is never 0 or 1
+        return torch.lerp(torch.full_like(high, self.low), high, u)
+
+    def _check_cap(self, name: str, cap: Number) -> None:
+        if not self.low <= cap <= 1:
+            raise ValueError(
+                f"`{name}` must lie in [low, 1] = [{self.low:g}, 1 (full noise)], got {cap!r}"
+            )
+
+
+UNIFORM = TimePolicy("uniform")
+
+
+def stratified_times(
+    rows: int,
+    *,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Time:
+    """Uniform times `[rows]` in (0, 1], one in each of `rows` strata, in random order.
+
+    Reference: variational diffusion models, https://arxiv.org/abs/2107.00630, appendix I.
+    """
+    jitter = torch.rand(1, dtype=torch.float32, device=device, generator=generator)
+    order = torch.randperm(rows, device=device, generator=generator)
+    return (1 - (order + jitter) / max(rows, 1)).clamp(min=1e-7)

@@ -1,0 +1,1 @@
+"""Ranks, accumulation, memory, and steps that are not finite."""

@@ -1,0 +1,23 @@
+"""The YAML for the host names every key, with its default."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from cyclevae.adapters.latentdlm.config import LossKeys
+
+ROOT = Path(__file__).parents[2]
+RECOMMENDED = {"base_loss", "cycle_warmup_steps", "cycle_ramp_steps", "prior_options"}
+
+
+def test_the_yaml_holds_every_key_with_its_default():
+    text = (ROOT / "examples" / "latentdlm" / "cycle_vae.yaml").read_text()
+    config = yaml.safe_load(text)
+    loss = config["loss"]
+    assert loss.pop("loss_type") == "cycle_vae"
+    assert config["latent_parameterization"] == "v_param"
+    keys, default = LossKeys.read(loss), LossKeys()
+    names = [f.name for f in fields(LossKeys)]
+    assert set(loss) == set(names)
+    assert {n for n in names if getattr(keys, n) != getattr(default, n)} == RECOMMENDED

@@ -1,0 +1,98 @@
+"""The ablation as it runs: real sentences, workers, results that are found again, and the page."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+# first, because other examples have a `data` too
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
+from baselines import baselines
+from cell import describe, path_of, write
+from corpora import CORPORA
+from data import encode
+from evidence import Results, blocks, fill, summary
+from matrix import ALL, Cell
+
+import ablation
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+LIMIT, CAP = 2000, 2e10
+
+
+def cells():
+    for seed in (0, 1):
+        for row in ("unimodal", "half", "pseudo"):
+            yield Cell("docstrings", row, 1000, 100, seed, 3e-3, 0.1, CAP)
+        for pairs in (300, 1000):
+            yield Cell("docstrings", "paired", pairs, 0, seed, 3e-3, 0.1, CAP)
+        yield Cell("docstrings", "paired_to_cap", 1000, 0, seed, 3e-3, 0.1, CAP)
+        yield Cell("docstrings", "oracle", ALL, 0, seed, 3e-2, 0.1, CAP)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    options = argparse.Namespace(
+        out=folder / "out", cache=folder / "cache", jobs=2, limit=LIMIT, corpus="docstrings"
+    )
+    data = CORPORA["docstrings"].load(options.cache, LIMIT)
+    results = options.out / "results" / "docstrings"
+    describe(data, results / "corpus.json")
+    write(results / "baselines.json", {"each": baselines("docstrings", data, encode, seeds=(0,))})
+    assert ablation.run_all(list(cells()), options) == 0
+    return options
+
+
+def test_every_cell_leaves_measures_and_its_configuration(options):
+    for cell in cells():
+        result = json.loads(path_of(cell, options.out).read_text())
+        assert result["cell"] == cell.__dict__ and result["key"] == cell.key
+        assert result["objectives"][0]["text_process"]
+        assert result["measures"]["l2t_ce_true"] > 0 and len(result["each"]["rank"]) > 100
+        assert result["training"]["flops"] > 0
+
+
+def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(options, capsys):
+    todo = list(cells())
+    before = {cell: path_of(cell, options.out).stat().st_mtime_ns for cell in todo}
+    changed = replace(todo[3], cap=2 * CAP)
+    assert ablation.run_all([*todo[:3], changed, *todo[4:]], options) == 0
+    assert f"{len(todo)} cells, {len(todo) - 1} of them finished before" in capsys.readouterr().out
+    for cell in todo:
+        moved = path_of(cell, options.out).stat().st_mtime_ns != before[cell]
+        assert moved == (cell == todo[3])
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(options, capsys):
+    bad = replace(next(cells()), learning_rate=float("nan"), seed=7)
+    good = replace(bad, learning_rate=1e-3)
+    assert ablation.run_all([bad, good], options) == 1
+    assert f"{bad.name} failed: ValueError" in capsys.readouterr().out
+    assert "ValueError" in ablation.log_of(bad, options.out).read_text()
+    assert path_of(good, options.out).exists() and not path_of(bad, options.out).exists()
+
+
+def test_the_page_is_filled_from_the_results(options):
+    results = Results(options.out / "results" / "docstrings")
+    assert "half cycle" in summary(results)
+    parts = blocks(results, None)
+    page = fill((ROOT / "docs" / "evidence.md").read_text(), parts)
+    assert "1,000 + half cycle" in parts["headline"]
+    for name in ("primary", "core", "health", "costs", "baselines", "controls", "secondary"):
+        assert f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- /{name} -->" in page
+        assert "nan" not in parts[name]
+
+
+def test_the_committed_pages_say_what_the_committed_results_do():
+    stored = ROOT / "examples" / "ablation" / "results"
+    parts = blocks(Results(stored / "docstrings"), Results(stored / "glosses"))
+    for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
+        page = path.read_text()
+        assert any(f"<!-- {name} -->" in page for name in parts)
+        assert fill(page, parts) == page, f'{path.name}: run "make evidence"'

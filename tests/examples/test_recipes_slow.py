@@ -1,0 +1,194 @@
+"""Every recipe of docs/recipes runs as a user runs it, and reaches what the plain loop reaches."""
+
+import csv
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import cyclevae as cv
+from cyclevae.testing import toy_batch, toy_denoiser
+from cyclevae.testing._draws import SameDraws
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "examples" / "recipes"))
+
+import run_recipes  # noqa: E402
+
+pytestmark = pytest.mark.slow
+RUNS = ROOT / "runs" / "recipes"
+# Four times the largest distance between three seeds of the plain loop, by `make recipes`
+NOISE = {"l2t_ce": 0.13, "t2l_mse": 0.12}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Sentences are encoded once; a cache that is there already is used."""
+    os.environ.setdefault("CYCLEVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def run(recipe, *arguments):
+    return run_recipes.result_of(run_recipes.start(recipe, *arguments))
+
+
+once = functools.cache(run)  # what several tests look at
+
+
+@pytest.fixture(scope="module")
+def plain(cache):
+    return once("plain")
+
+
+def assert_near(result, plain):
+    for name, noise in NOISE.items():
+        assert abs(result[name] - plain[name]) < noise, (name, result, plain)
+
+
+@pytest.mark.parametrize("recipe", ["lightning_module", "hydra_config", "trackers"])
+def test_the_same_draws_give_the_same_numbers(recipe, plain):
+    assert once(recipe) == plain
+
+
+@pytest.mark.parametrize("recipe", ["fsdp2", "hf_trainer", "accelerated", "two_networks"])
+def test_other_draws_give_the_same_result_within_noise(recipe, plain):
+    assert_near(run(recipe), plain)
+
+
+def test_a_masked_language_model_learns_both_directions(plain):
+    """Another network, so other numbers; a latent of no information has MSE 1 and R@10 of 5 %."""
+    result = run("masked_lm")
+    assert result["t2l_mse"] < 0.95 and result["t2l_r10"] > 0.3
+    assert result["l2t_ce"] < plain["l2t_ce"] + 0.4
+
+
+def test_ddp_that_is_killed_goes_on_where_it_was(plain, tmp_path):
+    whole = run("ddp")
+    assert_near(whole, plain)
+    checkpoint = tmp_path / "checkpoint.pt"
+    process = run_recipes.start("ddp", str(checkpoint), start_new_session=True)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(0.5)  # some steps beyond the checkpoint
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    begun = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < begun < 210
+    assert run("ddp", str(checkpoint)) == whole
+
+
+def test_lightning_logs_every_term():
+    once("lightning_module")
+    latest = max(
+        (RUNS / "lightning").glob("version_*/metrics.csv"), key=lambda p: p.stat().st_mtime
+    )
+    with latest.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "train/text_loss", "train/cycle_text_loss"} <= rows[0].keys()
+    assert rows[0]["train/cycle_text_loss"] == ""  # not yet begun: absent, not 0
+    assert float(rows[-1]["train/cycle_text_loss"]) > 0
+
+
+def test_trackers_hold_every_term():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    once("trackers")
+    folder = RUNS / "trackers"
+    latest = max(folder.glob("events.*"), key=lambda path: path.stat().st_mtime)
+    events = EventAccumulator(str(latest)).Reload()
+    terms = {"train/loss", "train/text_loss", "train/cycle_text_loss", "test/l2t_ce"}
+    assert terms <= set(events.Tags()["scalars"])
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(0, 210, 10))
+    assert next(folder.glob("wandb/offline-run-*/run-*.wandb")).stat().st_size > 1000
+
+
+def test_hydra_overrides_reach_the_objective_and_typos_are_named():
+    cycle = "objective.terms.cycle_text"
+    run("hydra_config", f"{cycle}.weight.weight=2", "+objective.terms.prior.weight=0.1", "epochs=1")
+    written = json.loads((RUNS / "hydra" / "objective.json").read_text())
+    weight = {"weight": 2.0, "warmup_steps": 52, "ramp_steps": 52}
+    assert written["terms"]["cycle_text"]["weight"] == weight
+    read = cv.CycleObjective.from_config(written)
+    assert read.weights(1000) == {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "prior": 0.1}
+    with pytest.raises(RuntimeError, match="did you mean 'bridge'"):
+        run("hydra_config", f"+{cycle}.brigde.noise=0.5")
+
+
+# The Trainer's own accumulation
+
+
+class Rows(Dataset):
+    """Toy rows whose texts have 5, 4, 2 and 1 words, so that a mean of means is another mean."""
+
+    def __init__(self):
+        batch = toy_batch(seed=0, rows=4)
+        mask = torch.arange(5) < torch.tensor([[5], [4], [2], [1]])
+        self.batch = batch._replace(
+            attention_mask=mask, unpaired_attention_mask=mask.flip(0), pseudo_text_mask=mask
+        )
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        fields = self.batch._asdict()
+        return {name: part[i] for name, part in fields.items() if part is not None}
+
+
+class SameDrawsModule(cv.StepModule):
+    """Every row gets the same noise, however many there are."""
+
+    def forward(self, *args, **kwargs):
+        with SameDraws():
+            return super().forward(*args, **kwargs)
+
+
+def weights_after_a_step(tmp_path, batch, accumulate):
+    from hf_trainer import CycleTrainer
+    from transformers import TrainingArguments
+
+    denoiser, *processes = toy_denoiser(seed=0)
+    terms = [cv.Text(time=1.0), cv.CycleLatent(), cv.Latent(), cv.CycleText()]
+    objective = cv.CycleObjective(*processes, terms)
+    trainer = CycleTrainer(
+        SameDrawsModule(denoiser, objective),
+        TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            remove_unused_columns=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Rows(),
+    )
+    trainer.train()
+    return trainer.state.log_history[0], list(denoiser.module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the framework's own
+def test_the_trainer_takes_the_same_step_however_rows_are_accumulated(tmp_path):
+    expected_log, expected = weights_after_a_step(tmp_path, 4, 1)
+    start = list(toy_denoiser(seed=0)[0].module.parameters())
+    assert not all(torch.equal(*pair) for pair in zip(start, expected, strict=True))
+    for split in ((2, 2), (1, 4), (3, 2)):
+        log, weights = weights_after_a_step(tmp_path, *split)
+        torch.testing.assert_close(weights, expected)
+        for name in ("loss", "text_loss", "latent_loss", "cycle_text_loss"):
+            assert log[name] == pytest.approx(expected_log[name], rel=1e-4), (split, name)

@@ -1,0 +1,152 @@
+"""`torch.compile`: no graph break, the same numbers as eager, and recompiles only where it must.
+
+The draws inside a compiled step come from the global random state, since dynamo refuses generators.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cyclevae as cv
+from cyclevae.testing import toy_batch, toy_denoiser
+from recipes import FROZEN, RECIPES, every_term, recipe
+from steps import of
+from test_own_term import BESIDE, RHYME
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+
+
+def compiled(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def result(function, parameters, *arguments, seed=0, **options):
+    """The loss and its gradients, with the draws of a seed."""
+    torch.manual_seed(seed)
+    loss = function(*arguments, **options)
+    loss = getattr(loss, "loss", loss)
+    return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def assert_same_as_eager(function, parameters, *arguments, **options):
+    (fast, counter), parameters = compiled(function), list(parameters)
+    for seed in range(2):
+        torch.testing.assert_close(
+            result(fast, parameters, *arguments, seed=seed, **options),
+            result(function, parameters, *arguments, seed=seed, **options),
+        )
+    assert counter.frame_count == 1
+
+
+DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
+
+
+OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
+    "recommended": cv.CycleObjective(TEXT, LATENT),
+    "a term of one's own": of(*BESIDE, RHYME),
+    "two priors": of(cv.Latent(), cv.Prior("mmd"), cv.Prior("moment", name="second", form="norm")),
+    "alternating": of(*BESIDE, cv.CycleText(policy="alternating", time=cv.TimePolicy("uniform"))),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_step_compiles_to_one_graph(objective):
+    """Step 3 of each kind of objective."""
+    teacher = cv.Teacher(DENOISER.module) if objective.setting.reads_teacher else None
+    module = cv.StepModule(DENOISER, objective, teacher)
+    batch = toy_batch(rows=4)
+    counts = {name: count / 2 for name, count in objective.counts(batch).items()}
+    parameters = DENOISER.module.parameters()
+    assert_same_as_eager(module, parameters, batch, 3, counts=counts)
+
+
+def test_a_denoiser_of_a_compiled_network_runs_compiled():
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *values: calls.append(1) or graph(*values)
+
+    denoiser = cv.as_denoiser(torch.compile(DENOISER.module, fullgraph=True, backend=backend))
+    assert denoiser.module is DENOISER.module
+    objective = every_term(TEXT, LATENT)
+    parameters = list(DENOISER.module.parameters())
+    actual, expected = (
+        result(objective, parameters, d, toy_batch(), step=0) for d in (denoiser, DENOISER)
+    )
+    torch.testing.assert_close(actual, expected)
+    assert len(calls) == objective.passes(0) == 5
+
+
+@pytest.mark.parametrize("policy", [cv.GradientPolicy(), FROZEN], ids=["detach", "full"])
+def test_the_text_cycle_compiles(policy):
+    batch = toy_batch()
+
+    def cycle(tokens, mask):
+        return cv.cycle_text_loss(
+            DENOISER, tokens, mask, text_process=TEXT, latent_process=LATENT, policy=policy
+        )
+
+    parameters = DENOISER.module.parameters()
+    assert_same_as_eager(cycle, parameters, batch.tokens, batch.attention_mask)
+
+
+@pytest.mark.parametrize("prior", [cv.mmd_prior, cv.moment_prior])
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_priors_compile(prior, estimator):
+    z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert_same_as_eager(prior, [z], z, mean=0.1, variance=2.0, estimator=estimator)
+
+
+SCHEDULES = {
+    "ramp": (cv.ramp(1.0, warmup_steps=3, ramp_steps=4), {0, 1, 3}),
+    "constant": (1.0, {0}),
+    # a function of one's own: dynamo traces it
+    "function": (lambda step: 1.0 + step / 100, {0, 1}),
+}
+
+
+@pytest.mark.parametrize(("weight", "expected"), SCHEDULES.values(), ids=SCHEDULES)
+def test_moving_weights_recompile_only_where_a_term_switches_on(weight, expected):
+    """Step 1 is where dynamo learns that the step moves; step 3 is where the ramp switches on."""
+    objective = every_term(TEXT, LATENT, cycle_text_weight=weight)
+    module = cv.StepModule(DENOISER, objective)
+    (fast, counter), parameters = compiled(module), list(module.parameters())
+    recompiled, before = set(), 0
+    for step in range(12):
+        torch.testing.assert_close(
+            result(fast, parameters, toy_batch(), step),
+            result(module, parameters, toy_batch(), step),
+        )
+        if counter.frame_count > before:
+            recompiled.add(step)
+        before = counter.frame_count
+    assert recompiled == expected
+
+
+PLANS = {
+    "alternating": of(cv.Latent(), cv.CycleText(policy="alternating", pairs=True)),
+    "a term of one's own, every other step": of(cv.Latent(), replace(RHYME, every=2)),
+    "in turn": recipe({"p_dual": 0.5}),
+    "every other step": recipe({"cycle_every": 2}),
+    "phases": cv.phases(recipe({}), latent_cycle_from=3, full_gradient_from=6),
+    "moving cap": recipe(RECIPES["moving cap"]),
+}
+
+
+@pytest.mark.parametrize("objective", PLANS.values(), ids=PLANS)
+def test_a_plan_compiles_once(objective):
+    """Once more at step 1, where dynamo learns that the step moves."""
+    module = cv.StepModule(DENOISER, objective)
+    (fast, counter), parameters = compiled(module), list(module.parameters())
+    plans = set()
+    for step in range(9):
+        torch.testing.assert_close(
+            result(fast, parameters, toy_batch(), step),
+            result(module, parameters, toy_batch(), step),
+        )
+        at = objective.at(step) if isinstance(objective, cv.Phases) else objective
+        plans.add(tuple((term.name, term.requests) for term in at.plan(step).terms))
+    assert counter.frame_count <= len(plans) + 1
