@@ -1,9 +1,16 @@
 """What tests of several files share."""
 
+import os
 import warnings
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Fewer examples where people wait: HYPOTHESIS_PROFILE=thorough draws as many as hypothesis would.
+settings.register_profile("fast", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ try:
     from losses import mmd, text
     from results import Row, line, machine, plot, save, table
     from setting import Setting
-    from tqdm import tqdm
-
     from steps import compiled, joined, step, variants
+    from tqdm import tqdm
 except ImportError as error:
     sys.exit(f'error: the bench misses a package ({error}): run "make bench", which installs it')
 

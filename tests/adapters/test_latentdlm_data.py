@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from oldest import needs_torch_2_6
 
+pytestmark = pytest.mark.slow
+
 PATH = Path(__file__).parents[2] / "examples" / "latentdlm" / "data.py"
 _spec = importlib.util.spec_from_file_location("latentdlm_data", PATH)
 data = importlib.util.module_from_spec(_spec)

@@ -18,6 +18,8 @@ import world  # noqa: E402
 
 import pitfalls  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "pitfalls.md").read_text()
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from cyclevae import __main__ as tour
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def short(monkeypatch):

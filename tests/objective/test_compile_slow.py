@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import cyclevae as cv
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import FROZEN, RECIPES, every_term, recipe
-from steps import of
+from running import of
 from test_own_term import BESIDE, RHYME
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]

@@ -14,7 +14,7 @@ import cyclevae as cv
 from cyclevae.objective.config import VERSION
 from cyclevae.objective.terms import SHIPPED
 from cyclevae.testing import toy_denoiser
-from steps import LATENT, TEXT, of, run, teacher_of
+from running import LATENT, TEXT, of, run, teacher_of
 from strategies import quick
 
 BRIDGE = cv.LatentBridge(steps=2, noise=0.1, threshold=1.0, quantile=0.9, norm=2.0)

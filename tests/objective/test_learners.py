@@ -7,7 +7,7 @@ import torch
 
 import cyclevae as cv
 from cyclevae.testing import assert_frozen, assert_learns, toy_batch
-from steps import (
+from running import (
     DENOISER,
     FIVE,
     FULL,

@@ -10,7 +10,7 @@ from counters import HostSyncs
 from cyclevae.objective.arrange import arrange
 from cyclevae.testing import toy_batch, toy_denoiser
 from cyclevae.testing._draws import SameDraws
-from steps import FIVE, FULL, LATENT, TEXT, Recorder, of, run
+from running import FIVE, FULL, LATENT, TEXT, Recorder, of, run
 from test_own_term import RHYME
 
 PARTS = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 1]], dtype=torch.bool)

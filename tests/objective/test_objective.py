@@ -9,7 +9,7 @@ from torch import nn
 
 import cyclevae as cv
 from cyclevae.testing import toy_batch, toy_denoiser
-from steps import DENOISER, FIVE, LATENT, TEXT, Recorder, of, run, seeded
+from running import DENOISER, FIVE, LATENT, TEXT, Recorder, of, run, seeded
 
 EPSILON = cv.LatentProcess(prediction="epsilon", shape=(4,))
 BASES = FIVE[0], FIVE[2]

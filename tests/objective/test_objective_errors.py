@@ -9,7 +9,7 @@ import cyclevae as cv
 from cyclevae.objective.terms import SHIPPED
 from cyclevae.testing import toy_batch
 from oracles import Spy
-from steps import DENOISER, FIVE, LATENT, TEXT, of, run
+from running import DENOISER, FIVE, LATENT, TEXT, of, run
 
 pytestmark = pytest.mark.unhooked
 

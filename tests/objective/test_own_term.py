@@ -13,7 +13,7 @@ from cyclevae.objective.term import UnpairedTerm
 from cyclevae.testing import ToyNetwork, check_ranks, toy_batch, toy_denoiser
 from rank_cases import LATENT as COSINE
 from rank_cases import PARTS
-from steps import DENOISER, FULL, LATENT, Recorder, of, run, seeded
+from running import DENOISER, FULL, LATENT, Recorder, of, run, seeded
 
 STEPS = [part for batches in PARTS for part in batches]
 

@@ -8,7 +8,7 @@ import torch
 
 import cyclevae as cv
 from cyclevae.testing import assert_frozen, assert_learns, toy_batch, toy_denoiser
-from steps import FIVE, FULL, ONE_SHOT, of, run, seeded, tower, two_towers
+from running import FIVE, FULL, ONE_SHOT, of, run, seeded, tower, two_towers
 
 CYCLES = ("cycle_text", "cycle_latent")
 

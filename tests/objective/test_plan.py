@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import cyclevae as cv
 from cyclevae.testing import assert_learns, toy_batch
-from steps import (
+from running import (
     DENOISER,
     FIVE,
     FULL,

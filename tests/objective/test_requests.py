@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import cyclevae as cv
 from cyclevae.objective.plan import Planned, make_plan
 from cyclevae.objective.requests import Decode, Encode, Own
-from steps import FULL, ONE_SHOT, Recorder, of, run
+from running import FULL, ONE_SHOT, Recorder, of, run
 from strategies import quick
 
 ALL, PAIRS, OTHERS = cv.Share(1.0, 1.0), cv.Share(1.0), cv.Share(others=1.0)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import cyclevae as cv
 from cyclevae.testing import check_denoiser, toy_batch, toy_denoiser
-from steps import (
+from running import (
     DENOISER,
     FIVE,
     FULL,
