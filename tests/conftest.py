@@ -12,6 +12,8 @@ settings.register_profile("fast", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+collect_ignore = ["conftest.py", "adapters/host/conftest.py"]  # two modules of one name
+
 
 @pytest.fixture
 def fresh_compiler():
