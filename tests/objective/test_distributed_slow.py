@@ -31,6 +31,7 @@ from rank_cases import (
     shard,
 )
 from recipes import every_term
+from test_own_term import make as make_rhyme
 
 pytestmark = pytest.mark.slow
 # Together all per-sample terms; test_ranks.py takes them one by one
@@ -76,6 +77,10 @@ def test_unused_parameters():
     check_ranks(make, PARTS[:2], wrap=FINDS_UNUSED)
     with pytest.raises(AssertionError, match=r"rank \d failed:(.|\n)*find_unused_parameters=True"):
         check_ranks(make, PARTS[:2])
+
+
+def test_a_term_of_ones_own():
+    check_ranks(make_rhyme, PARTS)
 
 
 @pytest.mark.parametrize("prior", ["moment", "mmd", "sigreg"])

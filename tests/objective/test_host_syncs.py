@@ -7,14 +7,21 @@ import cyclevae as cv
 from counters import HostSyncs
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import RECIPES, recipe
+from running import LATENT, TEXT, of
+from test_own_term import BESIDE, RHYME
 
 META = torch.device("meta")
 
 
-@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
-def test_a_step_and_its_backward_wait_for_no_value(options):
+OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
+    "recommended": cv.CycleObjective(TEXT, LATENT),
+    "a term of one's own": of(*BESIDE, RHYME),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_step_and_its_backward_wait_for_no_value(objective):
     network = toy_denoiser(seed=0)[0].module.to(META)
-    objective = recipe(options)
     teacher = cv.Teacher(network).denoiser
     batch = cv.Batch(*[part.to(META) for part in toy_batch(rows=4)[:6]])
     with HostSyncs() as syncs:
