@@ -22,6 +22,8 @@ from cyclevae.adapters.latentdlm.trainer import rows_of
 from cyclevae.gradient_policy.policy import GradientPolicy
 from latentdlm_host import FLAVOURS, Trainer, make_batch, make_host
 
+pytestmark = pytest.mark.slow
+
 BASE = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0}
 PARTS = ["epsilon", "x0", "v_param"]
 

@@ -20,6 +20,8 @@ from cyclevae.adapters.latentdlm.host import text_process_of
 from cyclevae.diagnostics.probes import Probe
 from latentdlm_host import Config, Diffusion, HostModel, make_host
 
+pytestmark = pytest.mark.slow
+
 WORDS, LENGTH, DIM = 12, 6, 8
 
 

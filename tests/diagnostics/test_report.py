@@ -36,6 +36,8 @@ from toys import (
     read_private,
 )
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "ill-conditioned bridge",
     "ignored latent",

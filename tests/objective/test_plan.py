@@ -333,6 +333,7 @@ def turns(together, seed=0, **options):
     )
 
 
+@pytest.mark.slow
 def test_turns_take_the_steps_between_those_with_both_cycles():
     for together, seed in product((0.0, 0.1, 0.5, 0.75, 1.0), (0, 1, 7)):
         ran = [turns(together, seed).weights(step).keys() & set(CYCLES) for step in range(400)]

@@ -20,6 +20,7 @@ def test_commands_are_found():
     assert {"make test", "bash .ci/run", "make ci"} <= set(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_can_be_given(command):
     program, *arguments = command.split()

@@ -55,6 +55,7 @@ def name_of(path):
 every_page = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
 
+@pytest.mark.slow
 @every_page
 def test_the_code_of_a_page_runs(path):
     with torch.random.fork_rng([]):
