@@ -159,7 +159,7 @@ def _required(option: Any) -> bool:
 def _hints(path: str, cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The types of the options of a class, and of those that stand beside them."""
     declared = get_type_hints(cls)
-    own = {f.name: declared[f.name] for f in fields(cls) if f.init}
+    own = {f.name: declared[f.name] for f in fields(cls) if f.init and BESIDE not in f.metadata}
     if not any(f.metadata.get(BESIDE) for f in fields(cls)):
         return own
     try:
