@@ -15,6 +15,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 collect_ignore = ["conftest.py", "adapters/host/conftest.py"]  # two modules of one name
 
 
+def pytest_ignore_collect(collection_path, config):
+    """The files of slow tests take seconds to read: only where one is asked for."""
+    nobody_asks = "not slow" in config.option.markexpr and collection_path.name.endswith("_slow.py")
+    return True if nobody_asks else None
+
+
+def pytest_itemcollected(item):
+    if item.path.name.endswith("_slow.py"):
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def fresh_compiler():
     """For tests that compile: nothing left of other tests, nor for them."""

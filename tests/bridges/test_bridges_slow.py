@@ -8,7 +8,7 @@ import cyclevae as cv
 from cyclevae.bridges.text import TextBridge
 from cyclevae.testing import toy_batch, toy_denoiser
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def reversed_argmax(logits, attention_mask, *, text_process, generator):

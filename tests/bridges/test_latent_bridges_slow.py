@@ -12,7 +12,7 @@ from cyclevae.processes.schedules import anneal
 from cyclevae.processes.times import TimePolicy
 from cyclevae.testing import toy_batch, toy_denoiser
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)
 BATCH = toy_batch()

@@ -20,7 +20,6 @@ from matrix import ALL, Cell
 
 import ablation
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LIMIT, CAP = 2000, 2e10
 

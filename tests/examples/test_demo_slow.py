@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[2] / "examples" / "sentences" / "demo.py"
 METRICS = {
     "l2t_ce", "l2t_accuracy", "t2l_mse", "t2l_cosine", "t2l_r1", "t2l_r10",

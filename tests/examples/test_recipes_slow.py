@@ -22,7 +22,6 @@ sys.path.append(str(ROOT / "examples" / "recipes"))
 
 import run_recipes  # noqa: E402
 
-pytestmark = pytest.mark.slow
 RUNS = ROOT / "runs" / "recipes"
 # Four times the largest distance between three seeds of the plain loop, by `make recipes`
 NOISE = {"l2t_ce": 0.13, "t2l_mse": 0.12}

@@ -27,7 +27,7 @@ from test_gradient_policy import (
     toy,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 TORCH_2_5 = torch.__version__.startswith("2.5.")
 
 

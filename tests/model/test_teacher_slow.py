@@ -12,7 +12,6 @@ from cyclevae.priors.learned import learned_prior
 from cyclevae.testing import toy_batch, toy_denoiser
 from distributed import gather, run_ranks
 
-pytestmark = pytest.mark.slow
 DECAY = 0.75
 TORCH_2_5 = torch.__version__.startswith("2.5.")
 

@@ -15,7 +15,7 @@ from recipes import FROZEN, RECIPES, every_term, recipe
 from running import of
 from test_own_term import BESIDE, RHYME
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(function):

@@ -462,7 +462,7 @@ def paths(node, way=()):
 
 
 @pytest.mark.unhooked
-@settings(quick, max_examples=300)
+@settings(quick, max_examples=100)
 @given(st.data())
 def test_nothing_but_a_value_error_comes_out_of_a_mutated_configuration(data):
     config = copy.deepcopy(CONFIG)

@@ -33,7 +33,6 @@ from rank_cases import (
 from recipes import every_term
 from test_own_term import make as make_rhyme
 
-pytestmark = pytest.mark.slow
 # Together all per-sample terms; test_ranks.py takes them one by one
 RELAXED = {
     "text_bridge": "gumbel",

@@ -138,7 +138,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
 def test_the_sdist_can_be_tested(archives):
     with tarfile.open(archives[1]) as sdist:
         members = {member.name.partition("/")[2]: member.size for member in sdist.getmembers()}
-    for path in ("Makefile", "constraints.txt", ".ci/run", "tests/test_release.py", "mkdocs.yml"):
+    for path in (
+        "Makefile",
+        "constraints.txt",
+        ".ci/run",
+        "tests/package/test_release.py",
+        "mkdocs.yml",
+    ):
         assert path in members
     assert "docs/recipes/index.md" in members and "examples/recipes/plain.py" in members
     caches = ("__pycache__", ".venv", "runs/", ".safetensors", ".bin", ".pt")

@@ -12,7 +12,6 @@ from cyclevae.testing import toy_batch, toy_denoiser
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.slow,
     pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="dynamo of 2.5: graph breaks"),
 ]
 DENOISER, TEXT, LATENT = toy_denoiser(seed=0)

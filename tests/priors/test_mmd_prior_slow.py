@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cyclevae.priors.mmd import mmd_prior
 from cyclevae.priors.sliced import sigreg_prior
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 OPTIONS = {

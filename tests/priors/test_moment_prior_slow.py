@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cyclevae.priors.moment import MomentForm, moment_prior
 from oracles_moment import MULTIVARIATE
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("form", get_args(MomentForm))

@@ -26,7 +26,7 @@ from rank_cases import (
 )
 from recipes import RECIPES, every_term, recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # Ranks

@@ -21,8 +21,6 @@ from test_non_finite import (
     without,
 )
 
-pytestmark = pytest.mark.slow
-
 
 def ddp_of(rank, bad, rule):
     model = network()

@@ -14,7 +14,6 @@ from cyclevae.priors.moment import MomentForm, moment_prior
 from cyclevae.scale.pool import pool_counts, pool_rows
 from distributed import gather, run_ranks
 
-pytestmark = pytest.mark.slow
 SHARDS = {2: [(3, 5), (0, 4), (4, 0)], 3: [(2, 0, 3)]}
 every_world = pytest.mark.parametrize("world_size", SHARDS)
 

@@ -15,8 +15,6 @@ import torch
 
 from oldest import needs_torch_2_6
 
-pytestmark = pytest.mark.slow
-
 PATH = Path(__file__).parents[2] / "examples" / "sentences" / "data.py"
 _spec = importlib.util.spec_from_file_location("sentences_data", PATH)
 data = importlib.util.module_from_spec(_spec)

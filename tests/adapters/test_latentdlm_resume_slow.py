@@ -12,8 +12,6 @@ import torch
 from cyclevae.adapters.latentdlm import checkpoints, resume, with_cycle
 from latentdlm_host import make_batch, make_host
 
-pytestmark = pytest.mark.slow
-
 
 @dataclass
 class TrainingState:

@@ -13,8 +13,6 @@ from transformers import AutoTokenizer
 
 from oldest import needs_torch_2_6
 
-pytestmark = pytest.mark.slow
-
 PATH = Path(__file__).parents[2] / "examples" / "latentdlm" / "data.py"
 _spec = importlib.util.spec_from_file_location("latentdlm_data", PATH)
 data = importlib.util.module_from_spec(_spec)
@@ -121,7 +119,6 @@ def test_a_folder_with_rows_of_an_earlier_run_is_refused(toy, tmp_path):
     data.write_toy(tmp_path, 20)  # empty
 
 
-@pytest.mark.slow
 def test_real_sentences_keep_their_split_and_their_latents(tmp_path, monkeypatch):
     def encode(sentences, *, progress=False):
         seeds = (hashlib.sha256(text.encode()).digest()[:7] for text in sentences)

@@ -10,8 +10,6 @@ import pytest
 
 from cyclevae import __main__ as tour
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def short(monkeypatch):
@@ -55,7 +53,6 @@ def test_what_it_says_to_read_is_there():
         assert (root / page).is_file(), page
 
 
-@pytest.mark.slow
 def test_the_cycle_helps_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = subprocess.run(

@@ -36,8 +36,6 @@ from toys import (
     read_private,
 )
 
-pytestmark = pytest.mark.slow
-
 NAMES = [
     "ill-conditioned bridge",
     "ignored latent",

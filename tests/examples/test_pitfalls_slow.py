@@ -18,8 +18,6 @@ import world  # noqa: E402
 
 import pitfalls  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 PAGE = (ROOT / "docs" / "pitfalls.md").read_text()
 
 
@@ -84,7 +82,6 @@ def test_the_script_writes_the_table_between_its_marks_only(tmp_path, monkeypatc
     assert page.read_text() == f"before <!-- table -->\n\n{table}\n\n<!-- /table --> after"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ill-conditioned-bridge", "feedback-loop", "collapse"])
 def test_the_sick_run_fails_and_the_cured_one_passes(name, tmp_path, capsys):
     page = ROOT / "docs" / "pitfalls.md"
@@ -101,7 +98,6 @@ def judged_with(name, **changes):
     return pitfalls.said(pitfall, judged), judged.report
 
 
-@pytest.mark.slow
 def test_other_cures_that_the_page_names():
     *base, cycle = pitfalls.PITFALLS["hidden-code"].sick
     detached = [*base, replace(cycle, policy="stop_gradient")]
@@ -115,7 +111,6 @@ def test_other_cures_that_the_page_names():
     assert said == "ok" and report.cheat.cycle > 0.95
 
 
-@pytest.mark.slow
 def test_pairs_in_another_order_are_told():
     objective = cv.CycleObjective(world.TEXT, pitfalls.LATENT, [cv.Text(time=1.0), cv.Latent()])
     for pairs, failing in ((256, {"ignored text"}), (4096, {"ignored text", "ignored latent"})):

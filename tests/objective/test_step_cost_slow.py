@@ -14,8 +14,6 @@ from counters import PeakBytes, SavedBytes
 from cyclevae.testing import ToyNetwork
 from recipes import every_term
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 META = torch.device("meta")
 WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, "prior": 0.1}

@@ -11,8 +11,6 @@ from cyclevae.testing import check_ranks, join_batches, toy_batch
 from cyclevae.testing._draws import SameDraws
 from rank_cases import PARTS, TERMS, Dropping, Forgetful, Noisy, Normalised, batch, makes
 
-pytestmark = pytest.mark.slow
-
 STEPS = [part for batches in PARTS for part in batches]
 every_term = pytest.mark.parametrize("term", TERMS)
 

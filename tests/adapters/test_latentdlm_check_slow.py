@@ -20,8 +20,6 @@ from cyclevae.adapters.latentdlm.host import text_process_of
 from cyclevae.diagnostics.probes import Probe
 from latentdlm_host import Config, Diffusion, HostModel, make_host
 
-pytestmark = pytest.mark.slow
-
 WORDS, LENGTH, DIM = 12, 6, 8
 
 
@@ -69,7 +67,6 @@ def supported(report):
 ALL = {"base L2T", "base T2L", "cycle_text", "cycle_latent", "prior"}
 
 
-@pytest.mark.slow
 def test_l2t_alone_leaves_the_latent_head_untrained():
     report = trained("l2t")
     assert supported(report) == {"base L2T"}, report
@@ -78,7 +75,6 @@ def test_l2t_alone_leaves_the_latent_head_untrained():
     assert "latent_parameterization" not in report.config
 
 
-@pytest.mark.slow
 def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
     report = trained("l2t", "epsilon")
     assert supported(report) == {"base L2T"}, report
@@ -87,14 +83,12 @@ def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
     assert "cycle_latent_t_max: 0.9" in report.config
 
 
-@pytest.mark.slow
 def test_t2l_alone_leaves_the_decoder_deaf():
     report = trained("t2l")
     assert supported(report) == {"base T2L", "prior"}, report
     assert "cycle_warmup_steps: 5000" in report.config
 
 
-@pytest.mark.slow
 def test_the_cycle_supports_everything():
     report = trained("cycle_vae", steps=500)
     assert supported(report) == ALL, report
@@ -102,7 +96,6 @@ def test_the_cycle_supports_everything():
     assert report.cosine > 0.5 > abs(report.shuffled_cosine)
 
 
-@pytest.mark.slow
 def test_epsilon_at_full_noise_learns_a_copy():
     report = trained("t2l", "epsilon")
     assert report.copies and report.gain > 1e4 and report.time == 0.9
