@@ -12,7 +12,8 @@ settings.register_profile("fast", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-collect_ignore = ["conftest.py", "adapters/host/conftest.py"]  # two modules of one name
+# as modules of doctests, they would be several of one name
+collect_ignore = ["conftest.py", "adapters/host/conftest.py", "examples/conftest.py"]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
         stale.unlink(missing_ok=True)  # an old checkpoint must not lie beside a new normaliser
     log = out / "metrics.jsonl"
     log.write_text("")
-    config = Config(seed=options.seed, steps=options.steps, evaluate_every=options.steps // 15)
+    every = max(1, options.steps // 15)
+    config = Config(seed=options.seed, steps=options.steps, evaluate_every=every)
     data = load_sentences(
         options.cache, dim=64, seed=options.seed, limit=2000 if options.quick else None
     )
@@ -180,8 +181,10 @@ def _options() -> argparse.Namespace:
     options.output = options.output or Path("runs/quick" if options.quick else "runs/demo")
     if options.steps is None:
         options.steps = 45 if options.quick else 600
-    if options.steps < 15:
-        parser.error(f"--steps must be at least 15, got {options.steps}")
+    if options.steps < 4:
+        parser.error(
+            f"--steps must be at least 4, a quarter of which warms up, got {options.steps}"
+        )
     return options
 
 

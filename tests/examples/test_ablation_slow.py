@@ -35,10 +35,10 @@ def cells():
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
+def options(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("ablation")
     options = argparse.Namespace(
-        out=folder / "out", cache=folder / "cache", jobs=2, limit=LIMIT, corpus="docstrings"
+        out=folder / "out", cache=cache, jobs=2, limit=LIMIT, corpus="docstrings"
     )
     data = CORPORA["docstrings"].load(options.cache, LIMIT)
     results = options.out / "results" / "docstrings"

@@ -18,11 +18,6 @@ METRICS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def demo(cache, output, *arguments, **options):
     command = [sys.executable, str(DEMO), "--quick", "--cache", str(cache), "--output", str(output)]
     return subprocess.Popen(
@@ -38,7 +33,7 @@ def test_a_run_leaves_table_picture_and_checkpoints_and_a_seed_repeats_them(cach
     summaries = []
     for name in ("one", "two"):
         out = tmp_path / name
-        process = demo(cache, out, "--steps", "16", "--seed", "3")
+        process = demo(cache, out, "--steps", "4", "--seed", "3")
         stdout, stderr = process.communicate(timeout=500)
         assert process.returncode == 0, stderr
         summaries.append((out / "summary.json").read_text())
@@ -57,7 +52,7 @@ def test_a_run_leaves_table_picture_and_checkpoints_and_a_seed_repeats_them(cach
 
 
 def test_the_same_on_the_real_mmdit(cache, tmp_path):
-    process = demo(cache, tmp_path, "--steps", "16", "--model", "mmdit")
+    process = demo(cache, tmp_path, "--steps", "4", "--model", "mmdit")
     _, stderr = process.communicate(timeout=500)
     assert process.returncode == 0, stderr
     assert json.loads((tmp_path / "summary.json").read_text()).keys() == {
@@ -97,7 +92,7 @@ def test_a_folder_that_cannot_be_written_gets_one_clear_line(cache, tmp_path, wh
 
 def test_a_full_disk_gets_one_clear_line(cache, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    process = demo(cache, tmp_path, "--steps", "16")
+    process = demo(cache, tmp_path, "--steps", "4")
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "Traceback" not in stderr and "No space left on device" in stderr.splitlines()[-1]

@@ -27,10 +27,7 @@ RUNS = ROOT / "runs" / "recipes"
 NOISE = {"l2t_ce": 0.13, "t2l_mse": 0.12}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Sentences are encoded once; a cache that is there already is used."""
-    os.environ.setdefault("CYCLEVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run(recipe, *arguments):

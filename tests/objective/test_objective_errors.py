@@ -71,7 +71,10 @@ def test_options_that_a_term_does_not_have(term):
 )
 def test_times(term):
     for time in (1.5, -0.1, math.nan):
-        refused(lambda time=time: term(time=time), f"`time` must lie in [0, 1], got {time!r}")
+        refused(
+            lambda time=time: term(time=time),
+            f"`time` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got {time!r}",
+        )
     refused(lambda: run(of(term(time=MOVING))), "`high(0)` must lie in [low, 1] = [0, 1 (full noi")
 
 
@@ -122,7 +125,7 @@ def test_through(term):
     ),
     latent_time=(
         lambda: cv.Unconditional(latent_time=1.5),
-        "`latent_time` must lie in [0, 1], got 1.5",
+        "`latent_time` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got 1.5",
     ),
     cycle_latent_distance=(
         lambda: cv.CycleLatent(distance="cos"),

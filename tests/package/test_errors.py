@@ -548,12 +548,12 @@ def test_weights(term, weight):
     bridge_time=(
         lambda: cv.CycleText(time=1.2),
         ValueError,
-        "`time` must lie in [0, 1], got 1.2",
+        "`time` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got 1.2",
     ),
     latent_time=(
         lambda: cv.Latent(time=math.nan),
         ValueError,
-        "`time` must lie in [0, 1], got nan",
+        "`time` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got nan",
     ),
     full_bridge=(
         lambda: cv.CycleLatent(bridge="argmax", policy=cv.GradientPolicy("full")),

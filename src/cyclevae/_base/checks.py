@@ -93,12 +93,6 @@ def check_type(name: str, value: object, kind: type) -> None:
         raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}")
 
 
-def check_time(name: str, value: object) -> None:
-    """Refuse a time outside [0 (clean), 1 (full noise)]; what draws times checks itself."""
-    if isinstance(value, int | float) and not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must lie in [0, 1], got {value!r}")
-
-
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Tokens are integer ids `[b, s]` within the vocabulary."""
     if tokens.ndim != 2:

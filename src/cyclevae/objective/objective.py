@@ -215,7 +215,7 @@ class CycleObjective:
         terms, skip = self._weighted(run), None
         if self.non_finite is not None:
             finite = finite_terms(terms)
-            run.metrics["non_finite_terms"] = (~finite).sum()
+            run.metrics["non_finite_terms"] = (~finite).sum(dtype=torch.float32)
             match self.non_finite:
                 case "raise":
                     refuse_non_finite(terms, finite)
@@ -225,7 +225,7 @@ class CycleObjective:
                     terms = zero_terms(terms, finite, verdicts)
         loss = torch.stack(list(terms.values())).sum()
         for name, weight, _ in run.plan.terms:
-            run.metrics[f"{name}_weight"] = torch.full((), weight, device=loss.device)
+            run.metrics[f"{name}_weight"] = _number(weight, loss)
         metrics = {name: value.detach() for name, value in run.metrics.items()}
         return StepOutput(loss, {"loss": loss.detach(), **metrics}, skip)
 
@@ -304,10 +304,9 @@ class CycleObjective:
                     f"{term.parts!r}; got shapes {shapes!r}"
                 )
             if term.cap is not None:
-                parts = {part: loss.clamp(max=term.cap) for part, loss in parts.items()}
+                parts = {part: loss.clamp(max=float(term.cap)) for part, loss in parts.items()}
             run.metrics.update({term.metric(part): loss for part, loss in parts.items()})
-            # a tensor, so that a moving weight is no reason to compile again
-            weighed = [x * torch.full((), weight, device=x.device) for x in parts.values()]
+            weighed = [x * _number(weight, x) for x in parts.values()]
             weighted[term.name] = torch.stack(weighed).sum()
         return weighted
 
@@ -391,3 +390,8 @@ class CycleObjective:
 
     def __hash__(self) -> int:
         return hash((type(self), self.seed, tuple([term.name for term in self._terms()])))
+
+
+def _number(value: Number, like: Tensor) -> Tensor:
+    """A tensor, so that a weight that moves is no reason to compile again."""
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)

@@ -171,7 +171,7 @@ class Arranged(NamedTuple):
         of them twice, with noise of their own. Losses of single rows must leave them out. Where no
         row has a text, one position is kept in each.
         """
-        if self.has_text is None or self.texts is None:
+        if self.has_text is None or self.texts is None or not len(self.texts.tokens):
             return self
         tokens, mask = self.texts
         rows = torch.arange(len(mask), device=mask.device)
@@ -193,12 +193,13 @@ class Arranged(NamedTuple):
             raise ValueError("this step decodes latents, and the batch holds none")
         return self.latents
 
-    def need_pairs(self, term: str, least: int = 1) -> None:
-        """An error where there are fewer pairs than a term needs."""
-        if self.paired < least:
+    def need_pairs(self, term: str, least: int = 1, share: Share = Share(1.0)) -> None:
+        """An error where a term reads fewer pairs than it needs."""
+        read = share.numbers(self.paired, self.paired, marked=False)[0]
+        if read < least:
             raise ValueError(
                 f"`{term}` needs {least} pair{'s' * (least > 1)} in a batch or more, got "
-                f"{self.paired}; give it weight 0, or leave it out, to train without"
+                f"{read}; give it weight 0, or leave it out, to train without"
             )
 
     def all_of(self, direction: Literal["texts", "latents"]) -> Tensor:

@@ -149,3 +149,12 @@ def stratified_times(
     jitter = torch.rand(1, dtype=torch.float32, device=device, generator=generator)
     order = torch.randperm(rows, device=device, generator=generator)
     return (1 - (order + jitter) / max(rows, 1)).clamp(min=1e-7)
+
+
+def check_time(name: str, value: object) -> None:
+    """Refuse what is neither a time, from 0 (clean) to 1 (full noise), nor draws times."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, TimePolicy) and not (number and 0 <= value <= 1):
+        raise ValueError(
+            f"`{name}` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got {value!r}"
+        )

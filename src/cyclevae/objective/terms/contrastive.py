@@ -12,7 +12,7 @@ from cyclevae.objective.requests import Encode, Request
 from cyclevae.objective.rows import Share
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, check_time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +52,7 @@ class Contrastive(Term):
         checks.check_positive("temperature", self.temperature)
         checks.check_choice("critic", self.critic, get_args(Critic))
         checks.check_type("bridge", self.bridge, LatentBridge)
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         checks.check_choice("through", self.through, ("last", "full"))
 
     @property
@@ -75,7 +75,7 @@ class Contrastive(Term):
 
     def check_step(self, step: Step) -> None:
         """Pairs to compare are needed, and a bridge that still is well-conditioned."""
-        step.rows.need_pairs(self.name, least=2)
+        step.rows.need_pairs(self.name, least=2, share=self.rows)
         step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
 
     def loss(self, step: Step) -> Scalar:

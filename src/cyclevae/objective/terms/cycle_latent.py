@@ -22,7 +22,7 @@ from cyclevae.objective.requests import DECODER, ENCODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import UnpairedTerm
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, check_time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,7 +71,7 @@ class CycleLatent(UnpairedTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         check_distance("distance", self.distance)
         checks.check_type("show_latent", self.show_latent, bool)
         policy = named_policy("policy", self.policy, LATENT_POLICIES)

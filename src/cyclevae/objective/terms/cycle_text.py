@@ -19,7 +19,7 @@ from cyclevae.objective.requests import DECODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import UnpairedTerm, Weight
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, check_time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ class CycleText(UnpairedTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         checks.check_type("bridge", self.bridge, LatentBridge)
         policy = named_policy("policy", self.policy, TEXT_POLICIES)
         object.__setattr__(self, "policy", policy)

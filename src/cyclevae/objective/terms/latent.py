@@ -21,7 +21,7 @@ from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step
 from cyclevae.objective.term import Term, Weight
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, check_time
 
 _NOTHING = 1e-3  # a share of the weight of other times below which a time teaches nothing
 
@@ -65,7 +65,7 @@ class Latent(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         check_distance("distance", self.distance)
         if self.space is not None:
             checks.check_choice("space", self.space, get_args(Prediction))

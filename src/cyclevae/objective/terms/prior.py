@@ -20,7 +20,7 @@ from cyclevae.objective.rows import Arranged, Share, Texts
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
 from cyclevae.priors import PRIORS, check_frozen
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, check_time
 from cyclevae.scale.pool import pool_rows
 
 # What the step hands to a prior that asks for it by name; the rest of its keywords are options.
@@ -100,7 +100,7 @@ class Prior(Term):
         _check_name(self.prior)
         checks.check_type("pool", self.pool, bool)
         checks.check_type("bridge", self.bridge, LatentBridge)
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         checks.check_choice("through", self.through, ("last", "full"))
         # what it wants of the step, by name
         object.__setattr__(self, "_asks", tuple(_parameters(self.prior) or ()))

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cyclevae._base import checks
 from cyclevae._base.types import Count, Number, Scalar
 from cyclevae.losses.text import decode_masked, text_loss
 from cyclevae.objective.requests import DECODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
-from cyclevae.processes.times import UNIFORM, TimePolicy
+from cyclevae.processes.times import UNIFORM, TimePolicy, check_time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +40,7 @@ class Text(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_time("time", self.time)
+        check_time("time", self.time)
         if (self.time.high if isinstance(self.time, TimePolicy) else self.time) == 0:
             raise ValueError(
                 "`time` is the rate at which words are masked, and at 0 the loss is 0 for ever: "

@@ -14,7 +14,7 @@ from cyclevae.objective.requests import Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step
 from cyclevae.objective.term import Term
-from cyclevae.processes.times import TimePolicy, stratified_times
+from cyclevae.processes.times import TimePolicy, check_time, stratified_times
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +50,8 @@ class Unconditional(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_time("latent_time", self.latent_time)
+        if self.latent_time is not None:
+            check_time("latent_time", self.latent_time)
         if self.null_text_rate is not None:
             checks.check_share("null_text_rate", self.null_text_rate)
 
