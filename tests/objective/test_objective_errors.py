@@ -70,11 +70,15 @@ def test_options_that_a_term_does_not_have(term):
     [cv.Text, cv.Latent, cv.CycleText, cv.CycleLatent, cv.Prior, cv.Contrastive],
 )
 def test_times(term):
-    for time in (1.5, -0.1, math.nan):
+    for time in (1.5, -0.1, math.nan, True, "1.0", None, {"high": 1.0}, torch.ones(3), len):
         refused(
             lambda time=time: term(time=time),
             f"`time` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got {time!r}",
         )
+    for time in (0, 0.0, cv.TimePolicy(high=0.0), cv.TimePolicy("uniform", high=0)):
+        refused(lambda time=time: term(time=time), "`time` is 0, where nothing is hidden")
+    late = of(cv.Latent(), term(name="late", time=cv.TimePolicy(high=lambda step: 1.0 - step)))
+    refused(lambda: run(late, step=1), "`time.high(1)` is 0, where nothing is hidden")
     refused(lambda: run(of(term(time=MOVING))), "`high(0)` must lie in [low, 1] = [0, 1 (full noi")
 
 
@@ -101,13 +105,9 @@ def test_through(term):
 
 
 @cases(
-    text_time_of_nothing=(
-        lambda: cv.Text(time=0),
-        "`time` is the rate at which words are masked, and at 0 the loss is 0 for ever",
-    ),
-    text_cap_of_nothing=(
-        lambda: cv.Text(time=cv.TimePolicy("uniform", high=0.0)),
-        "at 0 the loss is 0 for ever: give a rate above 0, or leave the term out",
+    nobody_learns=(
+        lambda: of(cv.TextMarginal(freeze=("decoder_only", "shared"))),
+        "nobody learns from `text_marginal`, whose options freeze decoder_only, shared: freeze l",
     ),
     latent_distance=(lambda: cv.Latent(distance="l2"), "`distance` is 'l2'"),
     latent_space=(lambda: cv.Latent(space="z"), "`space` is 'z'"),
@@ -115,9 +115,13 @@ def test_through(term):
     min_snr_at_full_noise=(
         lambda: of(cv.Latent(min_snr=5.0)),
         (
-            "`terms`: latent: `min_snr` = 5 weighs time 1 with",
-            "so that the loss teaches nothing: draw times, as in time=TimePolicy('uniform'), or l",
+            "`terms`: latent: `min_snr` = 5 weighs times from 1 to 1 with",
+            "so that the loss teaches nothing: draw other times, as in time=TimePolicy('unif",
         ),
+    ),
+    min_snr_of_nothing=(
+        lambda: of(cv.Latent(min_snr=1e-9, time=cv.TimePolicy("uniform"))),
+        "`min_snr` = 1e-09 weighs times from 0 to 1 with 1.0e-09 at most, so that the loss teach",
     ),
     null_text_rate=(
         lambda: cv.Unconditional(null_text_rate=-0.1),

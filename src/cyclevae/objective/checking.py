@@ -3,7 +3,7 @@
 from cyclevae.gradient_policy.gate import check_patterns
 from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.model.denoiser import refuse_unused
-from cyclevae.objective.plan import Plan, Planned, make_plan
+from cyclevae.objective.plan import Plan, Planned, learners, make_plan
 from cyclevae.objective.requests import Own
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Step
@@ -34,6 +34,19 @@ def check_terms(terms: tuple[Term, ...]) -> None:
             raise ValueError(
                 f"of the {turn.of} turns that weights take, number {min(missing)} is nobody's, and "
                 "steps would pass without effect: give every weight of take_turns(...) to a term"
+            )
+
+
+def check_learners(terms: tuple[Term, ...]) -> None:
+    """Refuse a term that freezes whoever would learn from it."""
+    for term in terms:
+        # policies may take turns
+        learning = [r for step in range(2) for r in term.passes(step) if r.learns]
+        if learning and not any(map(learners, learning)):
+            frozen = sorted({pattern for request in learning for pattern in request.freeze})
+            raise ValueError(
+                f"nobody learns from `{term.name}`, whose options freeze {', '.join(frozen)}: "
+                "freeze less, or leave the term out"
             )
 
 

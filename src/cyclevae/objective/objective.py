@@ -12,7 +12,7 @@ from cyclevae._base.types import Count, Number
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.objective.arrange import arrange
 from cyclevae.objective.batch import Batch
-from cyclevae.objective.checking import check_joining, check_step, check_terms
+from cyclevae.objective.checking import check_joining, check_learners, check_step, check_terms
 from cyclevae.objective.config import dump_objective, load_objective
 from cyclevae.objective.output import StepOutput
 from cyclevae.objective.plan import Plan, Planned, describe, make_plan
@@ -92,6 +92,7 @@ class CycleObjective:
                 term.check(self.setting)
             except ValueError as error:
                 raise ValueError(f"`terms`: {term.name}: {error}") from error
+        check_learners(terms)
         if self.join_passes:
             check_joining(terms, self.non_finite)
 

@@ -118,8 +118,13 @@ def describe(plan: Plan) -> str:
 
 
 def _who_learns(request: Request) -> str:
-    left = [role for role in request.roles if role not in request.freeze]
-    if not request.learns or "*" in request.freeze or not left:
-        return "nobody"
     apart = [pattern for pattern in request.freeze if pattern not in ROLES]
-    return ", ".join(left) + (f" except {', '.join(apart)}" if apart else "")
+    named = ", ".join(learners(request)) or "nobody"
+    return named + (f" except {', '.join(apart)}" if apart and named != "nobody" else "")
+
+
+def learners(request: Request) -> list[str]:
+    """The roles that learn from a pass."""
+    if not request.learns or "*" in request.freeze:
+        return []
+    return [role for role in request.roles if role not in request.freeze]

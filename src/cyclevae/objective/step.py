@@ -20,7 +20,7 @@ from cyclevae.objective.statistics import mean_norm, moments
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import TimePolicy, refuse_clean
 from cyclevae.scale.non_finite import Verdict
 
 
@@ -341,5 +341,10 @@ class Ran(NamedTuple):
 
 
 def highest(time: Number | TimePolicy, step: int = 0) -> Number:
-    """The highest time that may come at a step."""
-    return time.highest(step) if isinstance(time, TimePolicy) else time
+    """The highest time that may come at a step, which may not be 0."""
+    if not isinstance(time, TimePolicy):
+        return time
+    cap = time.highest(step)
+    if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
+        refuse_clean(f"time.high({step})", cap)
+    return cap

@@ -158,3 +158,12 @@ def check_time(name: str, value: object) -> None:
         raise ValueError(
             f"`{name}` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got {value!r}"
         )
+    refuse_clean(name, value.high if isinstance(value, TimePolicy) else value)
+
+
+def refuse_clean(name: str, highest: object) -> None:
+    """Refuse time 0 as the highest: a loss there is one of copying, or 0 for ever."""
+    if isinstance(highest, int | float) and highest == 0:
+        raise ValueError(
+            f"`{name}` is 0, where nothing is hidden and nothing can be learnt: give a time above 0"
+        )

@@ -19,11 +19,11 @@ from cyclevae.losses.latent import (
 )
 from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
-from cyclevae.objective.step import Setting, Step
+from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term, Weight
 from cyclevae.processes.times import TimePolicy, check_time
 
-_NOTHING = 1e-3  # a share of the weight of other times below which a time teaches nothing
+_NOTHING = 1e-3  # the weight below which all times together teach nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,23 +93,18 @@ class Latent(Term):
         """The conversion must be sound at all times that can be told, and weigh something."""
         process = setting.latent_process
         space = self.space or process.prediction
-        if isinstance(self.time, TimePolicy):
-            for end in (self.time.lowest(), self.time.highest()):  # whatever comes between
-                process.refuse_ill_conditioned(end, space=space)
-            return
-        process.refuse_ill_conditioned(self.time, space=space)
+        random = isinstance(self.time, TimePolicy)
+        ends = (self.time.lowest(), highest(self.time)) if random else (self.time,) * 2
+        for end in ends:  # whatever comes between
+            process.refuse_ill_conditioned(end, space=space)
         if self.min_snr is None:
             return
-        there = torch.linspace(0.01, 1, 100, dtype=torch.float64)
-        now = torch.tensor([self.time], dtype=torch.float64)
-        weight, best = (
-            min_snr_weight(process, t, space=space, gamma=self.min_snr).max().item()
-            for t in (now, there)
-        )
-        if weight < _NOTHING * best:
+        times = torch.linspace(*ends, 100, dtype=torch.float64)
+        weight = min_snr_weight(process, times, space=space, gamma=self.min_snr).max().item()
+        if weight < _NOTHING:
             raise ValueError(
-                f"`min_snr` = {self.min_snr:g} weighs time {self.time:g} with {weight:.1e}, beside "
-                f"{best:.2g} at others, so that the loss teaches nothing: draw times, as in "
+                f"`min_snr` = {self.min_snr:g} weighs times from {ends[0]:g} to {ends[1]:g} with "
+                f"{weight:.1e} at most, so that the loss teaches nothing: draw other times, as in "
                 "time=TimePolicy('uniform'), or leave `min_snr` out"
             )
 
@@ -117,7 +112,7 @@ class Latent(Term):
         """Pairs are needed, and times at which the conversion is sound."""
         step.rows.need_pairs(self.name)
         if isinstance(self.time, TimePolicy) and callable(self.time.high):
-            cap = self.time.highest(step.number)
+            cap = highest(self.time, step.number)
             step.latent_process.refuse_ill_conditioned(cap, space=self._space(step))
 
     def loss(self, step: Step) -> Scalar:

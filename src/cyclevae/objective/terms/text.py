@@ -41,11 +41,6 @@ class Text(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_time("time", self.time)
-        if (self.time.high if isinstance(self.time, TimePolicy) else self.time) == 0:
-            raise ValueError(
-                "`time` is the rate at which words are masked, and at 0 the loss is 0 for ever: "
-                "give a rate above 0, or leave the term out"
-            )
 
     @property
     def rows(self) -> Share:
@@ -78,7 +73,7 @@ class Text(Term):
         return super().depends_on_split(accumulates=accumulates)
 
     def check_step(self, step: Step) -> None:
-        """Pairs are needed."""
+        """Pairs are needed, and words to mask."""
         step.rows.need_pairs(self.name)
         highest(self.time, step.number)
 

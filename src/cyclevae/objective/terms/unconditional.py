@@ -12,7 +12,7 @@ from cyclevae.losses.latent import errors_per_row
 from cyclevae.losses.unconditional import unconditional_loss
 from cyclevae.objective.requests import Own, Request
 from cyclevae.objective.rows import Arranged, Share
-from cyclevae.objective.step import Setting, Step
+from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
 from cyclevae.processes.times import TimePolicy, check_time, stratified_times
 
@@ -75,9 +75,11 @@ class Unconditional(Term):
         }
 
     def check_step(self, step: Step) -> None:
-        """Texts and latents are needed, paired or not."""
+        """Texts and latents are needed, paired or not, and times above 0."""
         step.rows.need_texts()
         step.rows.need_latents()
+        if self.latent_time is not None:
+            highest(self.latent_time, step.number)
 
     def loss(self, step: Step) -> dict[str, Scalar]:
         """The two losses of the mode."""
