@@ -16,8 +16,10 @@ def mean_norm(latents: Latents, rows: Rows | None = None) -> Tensor:
 def moments(z_hat: Latents) -> dict[str, Tensor]:
     """Norm, and mean and variance pooled over dimensions."""
     flat = z_hat.flatten(1).float()
+    rows = max(len(flat), 1)  # of none, they are 0
+    mean = flat.sum(dim=0) / rows
     return {
         "latent_pred_norm": mean_norm(z_hat),
-        "latent_pred_mean": flat.mean(dim=0).square().mean().sqrt(),
-        "latent_pred_variance": flat.var(dim=0, correction=0).mean(),
+        "latent_pred_mean": mean.square().mean().sqrt(),
+        "latent_pred_variance": (flat - mean).square().sum(dim=0).mean() / rows,
     }

@@ -44,7 +44,7 @@ def pool_rows(
         >>> pool_rows(z) is z  # one process
         True
     """
-    if _ranks(group) <= 1:
+    if number_of_ranks(group) <= 1:
         return z
     apart: Any = torch.compiler.disable  # at the call, because it imports dynamo; no annotations
     pooled: Tensor = apart(_pool)(z, group)
@@ -87,13 +87,13 @@ def pool_counts(
     if not names:  # statistics of the batch alone
         return {}
     total = torch.stack([torch.stack([each[name] for name in names]) for each in counts]).sum(0)
-    if (ranks := _ranks(group)) > 1:
+    if (ranks := number_of_ranks(group)) > 1:
         dist.all_reduce(total, group=group)
         total /= ranks
     return dict(zip(names, total.unbind(), strict=True))
 
 
-def _ranks(group: Any) -> int:
+def number_of_ranks(group: Any = None) -> int:
     """How many ranks share a step: 1 where `torch.distributed` is not in use."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1

@@ -21,7 +21,7 @@ from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
 from cyclevae.priors import PRIORS, check_frozen
 from cyclevae.processes.times import TimePolicy, check_time
-from cyclevae.scale.pool import pool_rows
+from cyclevae.scale.pool import number_of_ranks, pool_rows
 
 # What the step hands to a prior that asks for it by name; the rest of its keywords are options.
 _GIVEN = (
@@ -207,7 +207,8 @@ class Prior(Term):
                     "optimizer step"
                 )
             check_frozen(step.teacher)
-        if callable(self.prior) or self.pool or torch.compiler.is_compiling():
+        of_others = self.pool and number_of_ranks() > 1
+        if callable(self.prior) or of_others or torch.compiler.is_compiling():
             return
         shape = step.latent_process.shape
         if shape is None:
