@@ -55,6 +55,25 @@ def network():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
+def curved(rank, sizes):
+    whole = batch(sum(sizes), 3)
+    z = shard(whole, sizes, rank).requires_grad_()
+
+    def gradient(z, along, pool=pool_rows):
+        (g,) = torch.autograd.grad(cv.mmd_prior(pool(z)), z, create_graph=True)
+        return torch.autograd.grad((g * along).sum(), z)[0]
+
+    along = batch(sum(sizes), 3, seed=1)
+    whole.requires_grad_()
+    # each rank adds the whole value, so that the gradient, which is summed, comes once for each
+    expected = gradient(whole, along, pool=lambda z: z) * len(sizes)
+    assert_exact(gradient(z, shard(along, sizes, rank)), shard(expected, sizes, rank))
+
+
+def test_second_derivatives_sum_over_ranks():
+    run(curved, (3, 5))
+
+
 def gradients(module):
     return [parameter.grad.clone() for parameter in module.parameters()]
 

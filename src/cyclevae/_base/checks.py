@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from cyclevae._base.derivatives import transformed
 from cyclevae._base.types import Number
 
 _values: bool | None = None
@@ -21,7 +22,8 @@ class check_values:  # noqa: N801 - reads as a function, like torch.set_grad_ena
     """Turn value checks on (`True`), off (`False`) or back to the default (`None`).
 
     By default values are checked on CPU tensors; they are not on CUDA, where each check waits for
-    the device, nor on `meta` tensors, nor inside `torch.compile`. Works as a call or in a `with`.
+    the device, nor on `meta` tensors, nor inside `torch.compile` or the transforms of `torch.func`.
+    Works as a call or in a `with`.
 
     Examples:
         >>> import cyclevae
@@ -43,7 +45,7 @@ class check_values:  # noqa: N801 - reads as a function, like torch.set_grad_ena
 
 def reads_values(tensor: Tensor) -> bool:
     """Whether the values of `tensor` may be looked at."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or transformed(tensor):
         return False
     return tensor.device.type == "cpu" if _values is None else _values
 

@@ -5,6 +5,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, MaskLike, Number
 from cyclevae.bridges.words import check_logits, word_logits
@@ -20,7 +21,8 @@ def rloo_surrogate(
     sample is compared with the others only: a mean that includes it would shrink the gradient by
     `(k - 1) / k`. The value means nothing; the gradient is minus the unbiased sample covariance of
     rewards and scores, so a constant added to all rewards of a row changes nothing. Its variance
-    falls with `k`, and grows with the length of the texts.
+    falls with `k`, and grows with the length of the texts. It is for one backward pass: second
+    derivatives, which would not be those of the expected reward, are refused.
 
     Args:
         log_probs: log-probabilities of the samples `[k, b]`, with a graph: see `text_log_prob`.
@@ -28,6 +30,7 @@ def rloo_surrogate(
 
     Raises:
         ValueError: unequal shapes, or fewer than 2 samples.
+        RuntimeError: in a second backward pass.
 
     Reference: Kool et al. 2019, https://openreview.net/forum?id=r1lgTGL5DE; Ahmadian et al.,
     https://arxiv.org/abs/2402.14740.
@@ -47,8 +50,9 @@ def rloo_surrogate(
             f"the mean of the others, got {list(log_probs.shape)}"
         )
     rewards = fp32(rewards.detach())
+    rewards = rewards - rewards[:1]  # near rewards far from 0 lose nothing by this, much by a sum
     others = (rewards.sum(dim=0) - rewards) / (samples - 1)
-    return -((rewards - others) * log_probs).mean(dim=0)
+    return once(-((rewards - others) * log_probs).mean(dim=0), "rloo_surrogate")
 
 
 def text_log_prob(

@@ -2,7 +2,8 @@
 
 Ids have no gradient: such a pseudo-text is data to the pass behind it, as in back-translation.
 A relaxed text `[b, s, v]` has one. Only that of `soft_text` is exact, and it is of a text unlike
-any; how the others are biased is said where they are made.
+any; how the others are biased is said where they are made. Theirs is for
+one backward pass: second derivatives, which would be of nothing, are refused.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from cyclevae._base.checks import as_mask, check_positive
+from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Mask, MaskLike, Number, RelaxedTokens, Tokens
 from cyclevae.model.chunks import chunk_of
@@ -248,7 +250,7 @@ def _inverse_cdf(mass: Float[Tensor, "n k"], uniform: Float[Tensor, " n"]) -> In
     """An index per row, drawn in proportion to `mass`."""
     total = mass.cumsum(dim=1)
     target = uniform[:, None] * total[:, -1:]
-    index = torch.searchsorted(total, target, right=True).clamp_(max=mass.shape[1] - 1)
+    index = torch.searchsorted(total, target, right=True).clamp(max=mass.shape[1] - 1)
     # A parallel sum may be rounded upwards past an index without mass
     index = torch.where(mass.gather(1, index) > 0, index, mass.argmax(dim=1, keepdim=True))
     return index.squeeze(1)
@@ -264,4 +266,5 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _one_hot(words: Tokens, soft: RelaxedTokens) -> RelaxedTokens:
     """One-hot words with the gradient of `soft`."""
     one_hot = torch.zeros_like(soft).scatter_(-1, words[..., None], 1.0)
+    soft = once(soft, "a straight-through text")
     return one_hot + (soft - soft.detach())  # in this order the value is one-hot to the last bit

@@ -61,6 +61,11 @@ class FunctionalGate(torch.autograd.Function):
         """No gradient."""
         return None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None) -> Tensor | None:
+        """Nor a tangent, in forward mode."""
+        return None if tangent is None else torch.zeros_like(tangent)
+
 
 def drop_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gate of `freeze`: aliases that require grad and pass none on."""

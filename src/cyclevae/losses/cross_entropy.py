@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cyclevae._base.checks import reads_values
+from cyclevae._base.derivatives import transformed
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Tokens
 from cyclevae.model.chunks import chunk_of
@@ -17,14 +17,19 @@ from cyclevae.model.chunks import chunk_of
 def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:
     """Cross-entropy of each token where the mask is True, 0 elsewhere.
 
-    Keeps the logits as they came, and no copy of them in fp32: see `_TokenNLL`.
+    Keeps the logits as they came, and no copy of them in fp32: see `_TokenNLL`. The error is some
+    1e-7 of the larger of 1 and the value, so that a token of a probability above 1 - 1e-7 reads 0.
     """
     labels = tokens.long().masked_fill(~mask, 0)
-    if torch.compiler.is_compiling():  # which fuses by itself what is chunked below
+    if torch.compiler.is_compiling() or transformed(logits):  # which fuse, or follow, plain code
         nll = -fp32(logits).masked_fill(~mask[..., None], 0.0).log_softmax(dim=-1)
         return nll.gather(-1, labels[..., None]).squeeze(-1).masked_fill(~mask, 0.0)
-    rows = logits.flatten(0, 1), labels.flatten(), mask.flatten()
-    chunked: Tensor = _TokenNLL.apply(*rows)  # type: ignore[no-untyped-call]
+    x, y, counts = logits.flatten(0, 1), labels.flatten(), mask.flatten()
+    rows, counts_of_rows = _counted(counts)
+    kept = x
+    if rows is not None:
+        kept, y = x.index_select(0, rows), y[rows]
+    chunked: Tensor = _TokenNLL.apply(x, kept, y, counts, rows, counts_of_rows)  # type: ignore[no-untyped-call]
     return chunked.view_as(labels)
 
 
@@ -33,44 +38,67 @@ class _TokenNLL(torch.autograd.Function):
 
     The gradient `softmax(x) - onehot(y)` comes from the logits again. A row that does not count has
     none, be it NaN. On a CPU, where their number may be read, only the rows that count are kept.
+    The gradient goes to all rows at once; those that are kept are an input of their own so that a
+    second derivative finds its way from them.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        rows, mask_of_rows = _counted(mask)
-        x, y = logits.detach(), labels
-        if rows is not None:
-            x, y = x.index_select(0, rows), y[rows]
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        kept: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        rows: Tensor | None,
+        counts: Tensor | None,
+    ) -> Tensor:
         nll = torch.cat(
             [
                 -fp32(part).log_softmax(dim=1).gather(1, label[:, None]).squeeze(1)
-                for part, label in _chunks(x, y)
+                for part, label in _chunks(kept, labels)
             ]
         )
-        ctx.save_for_backward(x, y, mask, rows, mask_of_rows)
+        ctx.save_for_backward(kept, labels, mask, rows, counts)
         if rows is not None:
             return nll.new_zeros(len(mask)).index_copy_(0, rows, nll)
-        return nll if mask_of_rows is None else torch.where(mask, nll, 0.0)
+        return nll if counts is None else torch.where(mask, nll, 0.0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, y, mask, rows, mask_of_rows = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mask, rows, counts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative may follow
+            return _followed(x, y, gradient, rows, counts), *(None,) * 5
         result = places = x.new_empty(len(mask), x.shape[1])
         if rows is not None:
             result.index_fill_(0, (~mask).nonzero().squeeze(1), 0.0)
             places, gradient, mask = rows, gradient[rows], mask[rows]
-        for place, logits, label, g, counts in _chunks(places, x, y, gradient, mask):
+        for place, logits, label, g, counted in _chunks(places, x, y, gradient, mask):
             p = fp32(logits).softmax(dim=1)
             p.scatter_add_(1, label[:, None], p.new_full((len(p), 1), -1.0))
             p.mul_(g[:, None])
-            if mask_of_rows is not None:  # a row that does not count may be NaN
-                p.masked_fill_(~counts[:, None], 0.0)
+            if counts is not None:  # a row that does not count may be NaN
+                p.masked_fill_(~counted[:, None], 0.0)
             if rows is None:
                 place.copy_(p)
             else:
                 result.index_copy_(0, place, p.to(result.dtype))
-        return result, None, None
+        return result, *(None,) * 5
+
+
+def _followed(
+    x: Tensor, y: Tensor, gradient: Tensor, rows: Tensor | None, counts: Tensor | None
+) -> Tensor:
+    """The gradient by operations that autograd follows, for all rows at once."""
+    logits = fp32(x)
+    if counts is not None:
+        logits = logits.masked_fill(~counts[:, None], 0.0)
+        gradient = gradient.masked_fill(~counts, 0.0)
+    p = logits.softmax(dim=1)
+    off = p.scatter_add(1, y[:, None], p.new_full((len(p), 1), -1.0))
+    if rows is None:
+        return (off * gradient[:, None]).to(x.dtype)
+    found = (off * gradient[rows, None]).to(x.dtype)
+    return found.new_zeros(len(gradient), x.shape[1]).index_copy(0, rows, found)
 
 
 def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cyclevae._base.derivatives import transformed
 from cyclevae._base.types import Number, Scalar
 
 Samples = Float[Tensor, "b D"]
@@ -117,7 +118,7 @@ def squared_distances(x: Float[Tensor, "b D"], y: Float[Tensor, "m D"]) -> Float
 
 def own_distances(x: Float[Tensor, "b D"]) -> Float[Tensor, "b b"]:
     """`||x_i - x_j||^2`, all pairs of one sample, by one product of matrices in each direction."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed(x):
         return squared_distances(x, x)
     distances: Tensor = _OwnDistances.apply(x)  # type: ignore[no-untyped-call]
     return distances
@@ -129,15 +130,10 @@ class _OwnDistances(torch.autograd.Function):
     With the gradient `g` and `s = g + g^T` it is `2 (s 1 x - s x)`.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return squared_distances(x, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cyclevae._base import checks
+from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
@@ -49,7 +50,8 @@ def learned_prior(
     `q` itself predicts, and eps is averaged out given `z_t`: `w_t (||eps_q - eps_psi||^2 + D
     alpha^2 s^2 / rho^2)`. `score_difference` is without the constant, `w_t ||eps_q - eps_psi||^2`:
     the divergence KL(q || p), whose gradient is the same. `score_distillation` has the value of
-    `cross_entropy` and the gradient `w_t alpha (eps_psi - eps_q)`, without the teacher's Jacobian.
+    `cross_entropy` and the gradient `w_t alpha (eps_psi - eps_q)`, without the teacher's Jacobian,
+    for one backward pass: second derivatives are refused.
 
     The weighting is also the distribution of the times, at the 1000 steps of the schedule, from
     that of `low` to that of `high`. `vdm`: uniform steps, `w = N/2 expm1(gamma_t - gamma_s)` for
@@ -156,7 +158,7 @@ def learned_prior(
         per_row = per_row + weight * unknown * math.prod(z.shape[1:])
     if distilled:
         surrogate = -weight * alpha * (error * mean).flatten(1).sum(dim=1)
-        per_row = per_row + surrogate - surrogate.detach()
+        per_row = per_row + once(surrogate, "form='score_distillation'") - surrogate.detach()
     if boundaries:
         kl = form == "score_difference"
         per_row = per_row + boundary_terms(mean, latent_process, low, high, posterior_std, kl=kl)

@@ -124,14 +124,29 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, rows: list[int], rank: int, group: Any) -> Tensor:
-        ctx.start, ctx.rows, ctx.group = sum(rows[:rank]), rows[rank], group
+        ctx.all, ctx.rank, ctx.group = rows, rank, group
         pooled = z.new_zeros(sum(rows), *z.shape[1:])
-        pooled.narrow(0, ctx.start, ctx.rows).copy_(z)
+        pooled.narrow(0, sum(rows[:rank]), rows[rank]).copy_(z)
         dist.all_reduce(pooled, group=group)
         return pooled
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        own: Tensor = _Own.apply(gradient, ctx.all, ctx.rank, ctx.group)  # type: ignore[no-untyped-call]
+        return own, None, None, None
+
+
+class _Own(torch.autograd.Function):
+    """The transpose of `_Pool`, whose own is `_Pool` again: second derivatives sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, rows: list[int], rank: int, group: Any) -> Tensor:
+        ctx.all, ctx.rank, ctx.group = rows, rank, group
         total = fp32(gradient).clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total.narrow(0, ctx.start, ctx.rows).to(gradient.dtype), None, None, None
+        dist.all_reduce(total, group=group)
+        return total.narrow(0, sum(rows[:rank]), rows[rank]).to(gradient.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        pooled: Tensor = _Pool.apply(gradient, ctx.all, ctx.rank, ctx.group)  # type: ignore[no-untyped-call]
+        return pooled, None, None, None
