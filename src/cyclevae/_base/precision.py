@@ -1,4 +1,4 @@
-"""Losses are computed in fp32 or better, whatever the dtype of the batch."""
+"""In what precision: losses in fp32 or better, distances in float64, whatever the batch's dtype."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,6 +9,19 @@ from torch import Tensor
 def fp32(tensor: Tensor) -> Tensor:
     """A tensor in fp32 or better."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def fp64(tensor: Tensor) -> Tensor:
+    """A tensor in float64: for differences of large numbers, such as distances far from 0.
+
+    In fp32 on MPS devices, which have no float64.
+    """
+    return fp32(tensor) if tensor.device.type == "mps" else tensor.double()
+
+
+def rounded(value: Tensor, like: Tensor) -> Tensor:
+    """What was computed in float64, in the precision of the losses of such a tensor."""
+    return value.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:

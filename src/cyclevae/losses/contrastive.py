@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32, no_autocast
+from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Latents, MaskLike, Number, Rows, Scalar, Tokens
 from cyclevae.processes.latent import direction
 
@@ -69,7 +69,7 @@ def infonce_loss(
             "batch size or give the term weight 0"
         )
     _check_pairs(duplicates, len(z_hat))
-    x, y = fp32(z_hat).flatten(1), fp32(latents).flatten(1)
+    x, y = fp64(z_hat).flatten(1), fp64(latents).flatten(1)
     with no_autocast(x):
         scores = _cosine(x, y) if critic == "cosine" else -_half_square_distance(x, y)
         scores = scores / temperature
@@ -84,7 +84,7 @@ def infonce_loss(
         pairs = rows.sum().clamp(min=1)
     partner = torch.arange(len(x), device=x.device)
     lost = [F.cross_entropy(s, partner, reduction="sum") for s in (scores, scores.T)]
-    return torch.stack(lost).sum() / (2 * pairs)
+    return rounded(torch.stack(lost).sum() / (2 * pairs), z_hat)
 
 
 def same_text(tokens: Tokens, attention_mask: MaskLike) -> Bool[Tensor, "b b"]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32
+from cyclevae._base.precision import fp32, fp64, rounded
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import (
     Count,
@@ -40,7 +40,7 @@ def latent_loss(
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """Distance of latents, in fp32 or better.
+    """Distance of latents, in fp32 or better; directions are compared in float64.
 
     `mse`: `1/(b d) sum ||prediction - target||^2`. `cosine`: `1 - cos(prediction, target)` over the
     last axis, averaged over vectors. `normalized_mse`: the squared error of the vectors scaled to
@@ -89,9 +89,10 @@ def latent_loss(
         case "mse":
             error = (fp32(prediction) - fp32(target)).square()
         case "cosine":
-            error = 1 - (direction(prediction) * direction(target)).sum(dim=-1)
+            error = rounded(_cosine_distance(prediction, target), prediction)
         case "normalized_mse":
-            error = (direction(prediction) - direction(target)).square()
+            error = direction(fp64(prediction)) - direction(fp64(target))
+            error = rounded(error.square(), prediction)
         case _:
             error = distance(fp32(prediction), fp32(target))
             checks.check_same_shape("distance(...)", error, "prediction", prediction)
@@ -275,6 +276,14 @@ def encoded_loss(
         reduction=reduction,
         count=count,
     )
+
+
+def _cosine_distance(x: Latents, y: Latents) -> Latents:
+    """`1 - cos(x, y)`, which would cancel where they are near, as half a squared distance."""
+    x, y = direction(fp64(x)), direction(fp64(y))
+    missing = torch.stack([1 - part.square().sum(dim=-1) for part in (x, y)])
+    missing = torch.where(missing > 1e-6, missing, 0.0).sum(dim=0)  # where one has no direction
+    return ((x - y).square().sum(dim=-1) + missing) / 2
 
 
 def _as_weight(weight: Tensor, error: Tensor) -> Tensor:

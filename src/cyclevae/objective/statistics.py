@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from cyclevae._base.precision import fp64
 from cyclevae._base.types import Latents, Rows
 
 
@@ -15,11 +16,11 @@ def mean_norm(latents: Latents, rows: Rows | None = None) -> Tensor:
 
 def moments(z_hat: Latents) -> dict[str, Tensor]:
     """Norm, and mean and variance pooled over dimensions."""
-    flat = z_hat.flatten(1).float()
+    flat = fp64(z_hat.flatten(1))
     rows = max(len(flat), 1)  # of none, they are 0
     mean = flat.sum(dim=0) / rows
     return {
         "latent_pred_norm": mean_norm(z_hat),
-        "latent_pred_mean": mean.square().mean().sqrt(),
-        "latent_pred_variance": (flat - mean).square().sum(dim=0).mean() / rows,
+        "latent_pred_mean": mean.square().mean().sqrt().float(),
+        "latent_pred_variance": (flat - mean).square().sum(dim=0).mean().float() / rows,
     }

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32, no_autocast
+from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Latents, Number, Scalar
 from cyclevae.priors.kernels import (
     gaussian_kernel,
@@ -128,7 +128,7 @@ def mmd_prior(
             alike = covariance is None and not (isinstance(variance, Tensor) and variance.ndim)
             null = k.null_variance(v[:1], copies=len(v)) if alike else k.null_variance(v)
             mmd2 = mmd2 / (null / count).sqrt()
-        return mmd2
+        return rounded(mmd2, z)
 
 
 def _pairs(x: Samples, estimator: MMDEstimator) -> Float[Tensor, "..."]:
@@ -164,7 +164,7 @@ def _along_axes(
     d = x.shape[1]
     if covariance.shape != (d, d):
         raise ValueError(f"`covariance` must have shape [{d}, {d}], got {list(covariance.shape)}")
-    covariance = fp32(covariance.detach())
+    covariance = fp64(covariance.detach())
     if checks.reads_values(covariance):
         skew = (covariance - covariance.T).abs().max()
         failed = torch.linalg.cholesky_ex(covariance).info
@@ -183,7 +183,7 @@ def _samples(reference: Float[Tensor, "m *n d"], z: Latents) -> Float[Tensor, "m
         raise ValueError(f"`reference` needs at least 2 samples, got shape {list(reference.shape)}")
     if checks.reads_values(reference) and bool((reference == reference[:1]).all()):
         raise ValueError("`reference` must vary; all of its rows are equal")
-    return fp32(reference.detach()).flatten(1)
+    return fp64(reference.detach()).flatten(1)
 
 
 def _check_one_target(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32, no_autocast
+from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Estimator, Latents, Number, Scalar
 from cyclevae.priors.samples import Moment, standard_form
 
@@ -98,21 +98,22 @@ def moment_prior(
         c = c - c.mean(dim=0)  # the first mean of latents far from 0 was rounded
         match form:
             case "diagonal":
-                return _diagonal(m, c, v, unbiased)
+                distance = _diagonal(m, c, v, unbiased)
             case "bures":
-                return _bures(m, c, scale, unbiased)
+                distance = _bures(m, c, scale, unbiased)
             case "kl":
-                return _kl(m, c, unbiased)
+                distance = _kl(m, c, unbiased)
             case "norm":
-                return _norm(x, unbiased)
+                distance = _norm(x, unbiased)
             case "hinge":
-                return _hinge(c, scale, threshold, unbiased)
+                distance = _hinge(c, scale, threshold, unbiased)
             case "covariance":
-                return _covariance(m, c, scale, unbiased)
+                distance = _covariance(m, c, scale, unbiased)
             case "full_kl":
-                return _full_kl(m, c, unbiased)
+                distance = _full_kl(m, c, unbiased)
             case "full_bures":
-                return _full_bures(m, c, scale)
+                distance = _full_bures(m, c, scale)
+        return rounded(distance, z)
 
 
 def _diagonal(m: Mean, c: Samples, variance: PerDimension, unbiased: bool) -> Scalar:
@@ -241,7 +242,7 @@ def _mean_log_det(k: int, d: int) -> Scalar:
 
 def _factor(covariance: Tensor, x: Samples) -> Float[Tensor, "D D"]:
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(fp32(covariance))
+    factor, failed = torch.linalg.cholesky_ex(fp64(covariance))
     if checks.reads_values(covariance):
         skew = (covariance - covariance.T).abs().max()
         if bool(failed) or not bool(skew <= 1e-5 * covariance.abs().max()):

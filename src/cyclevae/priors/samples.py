@@ -1,4 +1,4 @@
-"""Latents as samples of a distribution: checked, flat, centred, in fp32 or better."""
+"""Latents as samples of a distribution: checked, flat, centred, in float64."""
 
 from typing import get_args
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32
+from cyclevae._base.precision import fp64
 from cyclevae._base.types import Estimator, Latents, Number
 
 Moment = Number | Float[Tensor, "..."]
@@ -16,7 +16,7 @@ Moment = Number | Float[Tensor, "..."]
 def standard_form(
     z: Latents, mean: Moment | None, variance: Moment, estimator: Estimator
 ) -> tuple[Float[Tensor, "b D"], Float[Tensor, " D"]]:
-    """Centred latents, flat, and the target's variances, in fp32 or better."""
+    """Centred latents, flat, and the target's variances, in float64: see `fp64`."""
     checks.check_latents("z", z)
     checks.check_choice("estimator", estimator, get_args(Estimator))
     if len(z) < 2:
@@ -24,7 +24,7 @@ def standard_form(
             f"`z` needs at least 2 samples for batch statistics, got shape {list(z.shape)}; "
             "raise the batch size or give the term weight 0"
         )
-    x = rearrange(fp32(z), "b ... -> b (...)")
+    x = rearrange(fp64(z), "b ... -> b (...)")
     if mean is not None:
         x = x - _per_dimension("mean", mean, z, x)
     checks.check_variance("variance", variance, z.shape[1:])

@@ -3,7 +3,7 @@
 import torch
 
 from cyclevae._base import checks
-from cyclevae._base.precision import no_autocast
+from cyclevae._base.precision import fp32, no_autocast, rounded
 from cyclevae._base.types import Estimator, Latents, Number, Scalar
 from cyclevae.priors.samples import Moment, standard_form
 
@@ -65,7 +65,8 @@ def sigreg_prior(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
     n, d = x.shape
-    u = torch.randn(d, directions, dtype=x.dtype, device=x.device, generator=generator)
+    # drawn alike for latents of any precision
+    u = torch.randn(d, directions, dtype=fp32(z).dtype, device=x.device, generator=generator).to(x)
     u = u / torch.linalg.vector_norm(u, dim=0)
     t = torch.linspace(0, bound, knots, dtype=x.dtype, device=x.device)
     target = (-t.square() / 2).exp()
@@ -77,4 +78,4 @@ def sigreg_prior(
         if estimator == "unbiased":
             gap = gap - (1 - real.square() - imaginary.square()) / (n - 1)
         # the integrand is even: twice the half that is computed
-        return 2 * n * torch.trapezoid(gap * target, t, dim=1).mean()
+        return rounded(2 * n * torch.trapezoid(gap * target, t, dim=1).mean(), z)

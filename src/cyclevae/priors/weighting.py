@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.precision import fp64
 from cyclevae._base.types import Latents, Number, Time
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.times import stratified_times
@@ -46,13 +47,10 @@ def weighted_times(
             grid = _time_of(torch.arange(first, last + 1, dtype=z.dtype, device=z.device))
             gamma = -latent_process.snr(grid).log()
             if time is None:
-                # linear between the steps: each level of a table is met as often as the
-                # trapezoidal rule weighs it
+                # the nearest step: half an interval for each end, as the trapezoidal rule has it
+                between = (gamma[1:] + gamma[:-1]) / 2
                 target = torch.lerp(gamma[0], gamma[-1], u)
-                right = torch.searchsorted(gamma, target).clamp(1, last - first)
-                width = (gamma[right] - gamma[right - 1]).clamp(min=1e-12)
-                share = ((target - gamma[right - 1]) / width).clamp(0, 1)
-                time = torch.lerp(grid[right - 1], grid[right], share)
+                time = grid[torch.searchsorted(between, target)]
             return time, ((gamma[-1] - gamma[0]) / 2).expand(len(z))
         case "vdm":
             steps = last - first
@@ -76,16 +74,17 @@ def boundary_terms(
 ) -> Float[Tensor, " b"]:
     """The two ends of the bound per row, in nats; without its constant if `kl`."""
     first, last = _steps(latent_process, low, high)
-    ends = torch.arange(first, last + 1, last - first, dtype=mean.dtype, device=mean.device)
+    # in float64, where 1 - alpha^2 - sigma^2 cancels
+    ends = fp64(torch.arange(first, last + 1, last - first, device=mean.device))
     alpha, sigma = latent_process.alpha_sigma(_time_of(ends))
     variance = (alpha * posterior_std).square() + sigma.square()
     left = (variance if kl else sigma.square())[1].log()
-    at_high = ((alpha[1] * mean).square() + variance[1] - 1 - left).flatten(1).sum(dim=1) / 2
+    dimensions = math.prod(mean.shape[1:])
+    square = (alpha[1] * mean).square().flatten(1).sum(dim=1)
+    at_high = (square + dimensions * (variance[1] - 1 - left)) / 2
     if kl:
         return at_high
-    return at_high + math.prod(mean.shape[1:]) * (
-        sigma[0].log() + math.log(2 * math.pi * math.e) / 2
-    )
+    return at_high + dimensions * (sigma[0].log() + math.log(2 * math.pi * math.e) / 2)
 
 
 def _steps(latent_process: LatentProcess, low: Number, high: Number) -> tuple[int, int]:
