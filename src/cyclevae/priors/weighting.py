@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp64
 from cyclevae._base.types import Latents, Number, Time
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.times import stratified_times
@@ -74,8 +73,7 @@ def boundary_terms(
 ) -> Float[Tensor, " b"]:
     """The two ends of the bound per row, in nats; without its constant if `kl`."""
     first, last = _steps(latent_process, low, high)
-    # in float64, where 1 - alpha^2 - sigma^2 cancels
-    ends = fp64(torch.arange(first, last + 1, last - first, device=mean.device))
+    ends = torch.arange(first, last + 1, last - first, dtype=mean.dtype, device=mean.device)
     alpha, sigma = latent_process.alpha_sigma(_time_of(ends))
     variance = (alpha * posterior_std).square() + sigma.square()
     left = (variance if kl else sigma.square())[1].log()
