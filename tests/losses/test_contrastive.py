@@ -108,6 +108,22 @@ def test_the_bound_of_correlated_gaussians():
     assert mean < information
 
 
+@every_critic
+def test_without_duplicates_it_bounds_and_with_them_it_does_not(critic):
+    """Two texts, equally probable, whose latents tell them apart: I = log 2."""
+    z = torch.randint(2, (200, 16, 1), generator=torch.Generator().manual_seed(0)).double()
+    z = torch.cat([z, 1 - z], dim=-1)
+    options = {"critic": critic, "temperature": 0.05}
+    bounds = [math.log(16) - infonce_loss(x, x, **options).item() for x in z]
+    assert np.mean(bounds) < math.log(2) < np.mean(bounds) + 0.05
+    equal = [(x[:, None] == x).all(dim=-1) for x in z]
+    found = [
+        math.log(16) - infonce_loss(x, x, duplicates=same, **options).item()
+        for x, same in zip(z, equal, strict=True)
+    ]
+    assert np.mean(found) > 3 * math.log(2)
+
+
 def test_the_bound_is_capped():
     z = randn(16, 8)
     assert math.log(16) - infonce_loss(z, z, temperature=1e-3).item() <= math.log(16)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -159,33 +160,37 @@ def test_draws():
     assert marginal(toy_denoiser()[0], tokens, tokens > 0, generator=seeded(1)) != value
 
 
-def test_the_text_part_of_the_unconditional_loss():
-    """On rows without a latent the two are the same bound."""
+@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "nats"])
+@pytest.mark.parametrize("taught", ["none", "first", "all"])
+def test_the_text_part_of_the_unconditional_loss(taught, reduction, relaxed):
+    """On rows without a latent the two are the same bound, taught padding included."""
     denoiser, text, process = toy_denoiser()
     batch = toy_batch()
-    processes = {"text_process": text, "latent_process": process}
-    noise, rate = randn(3, 4).float(), torch.tensor([0.3, 0.7, 1.0])
+    mask = batch.attention_mask
+    processes = {
+        "text_process": dataclasses.replace(text, taught_padding=taught),
+        "latent_process": process,
+    }
+    # what stands at padded positions must not matter
+    tokens = batch.tokens.masked_fill(~mask, 5)
+    same = {"text_time": torch.tensor([0.3, 0.7, 1.0]), "noise": randn(3, 4).float()}
+    nobody = torch.zeros(3, dtype=torch.bool)
     expected = unconditional_loss(
         denoiser,
-        batch.tokens,
+        tokens,
         torch.zeros(3, 4),
-        batch.attention_mask,
-        has_latent=torch.zeros(3, dtype=torch.bool),
-        text_time=rate,
+        mask,
+        has_latent=nobody,
+        reduction=reduction,
         latent_time=1.0,
-        noise=noise,
         generator=seeded(),
+        **same,
         **processes,
     ).text
-    got = marginal(
-        denoiser,
-        batch.tokens,
-        batch.attention_mask,
-        text_time=rate,
-        noise=noise,
-        generator=seeded(),
-    )
-    torch.testing.assert_close(got, expected)
+    texts = one_hot(tokens).float() if relaxed else tokens
+    options = {"reduction": reduction, "generator": seeded(), **same, **processes}
+    torch.testing.assert_close(text_marginal_loss(denoiser, texts, mask, **options), expected)
 
 
 @pytest.mark.parametrize("relaxed", [False, True])

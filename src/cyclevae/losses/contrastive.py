@@ -29,8 +29,10 @@ def infonce_loss(
     With scores `f_ij`, which are `cos(z_hat_i, z_j) / temperature` or, for `euclidean`,
     `-||z_hat_i - z_j||^2 / (2 temperature)`:
     `-1/(2b) sum_i [log softmax_j(f_ij)_i + log softmax_j(f_ji)_i]`. The denominators hold the
-    positive, so that in the mean `log b - loss` bounds the mutual information from below, by
-    `log b` at most; a critic that cannot tell gives `log b`. It asks that latents tell texts apart,
+    positive, so that of independent pairs, compared with all others, `log b - loss` is in the mean
+    at most the mutual information, and at most `log b`; a critic that cannot tell gives `log b`.
+    With `duplicates` there are fewer negatives, and it bounds nothing; of some `rows`, it is their
+    number that takes the place of `b`. It asks that latents tell texts apart,
     which a prior on their aggregate does not, and needs pairs. The cosine knows no norm; an encoder
     may grow one without end to sharpen the euclidean critic. A statistic of the batch: it takes no
     reduction, and its value on half a batch is another.
@@ -41,7 +43,7 @@ def infonce_loss(
         temperature: of the scores.
         critic: `cosine` or `euclidean`.
         duplicates: `[b, b]`, pairs of rows that must not count as negatives of each other, such as
-            `same_text`; the diagonal is ignored.
+            `same_text`; the diagonal is ignored. An objective always gives them.
         rows: `[b]`, the pairs to be compared; the others are neither anchors nor negatives.
 
     Raises:

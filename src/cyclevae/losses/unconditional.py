@@ -28,7 +28,7 @@ class UnconditionalLoss(NamedTuple):
     """The two terms of the unconditional mode.
 
     Attributes:
-        text: a bound on the negative log-likelihood of a token, in nats.
+        text: in the mean over rates a bound on the negative log-likelihood of a token, in nats.
         latent: squared error in the prediction space.
 
     Examples:
@@ -61,8 +61,10 @@ def unconditional_loss(
     """Denoise both parts at once; rows may lack one of them.
 
     Text: the masked-diffusion bound `E_r [1/r sum_masked -log p(y_l | y_r, z_t)]` at a random rate
-    `r`, per kept token. Latent: squared error at a random time. A row without a text has it fully
-    masked, a row without a latent sees pure noise; neither counts towards the missing part.
+    `r`, per taught token; a bound in the mean over uniform rates, but for the weight's cap at 1000,
+    which takes off 0.05 % of what words lose at rates near 0. Latent: squared error at a random
+    time. A row without a text has it fully masked, a row without a latent sees pure noise; neither
+    counts towards the missing part.
 
     `has_text` may also leave out texts that are there. Their latents are then denoised knowing
     nothing but the length of the text, which is what a learned prior asks of the model and what

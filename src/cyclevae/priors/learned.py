@@ -78,8 +78,9 @@ def learned_prior(
         form: `cross_entropy`, `score_difference` (needs `posterior_std`) or `score_distillation`.
         weighting: `vdm`, `likelihood` or `uniform`.
         posterior_std: `s`, the fixed width of the posterior around `z`.
-        boundaries: add the ends of the bound, so that the value bounds the cross-entropy of
-            `z_t` at the time `low`, `-E_q log p`, in nats: `KL(q(z_high) || N(0, I))`, and
+        boundaries: add the ends of the bound, so that in the mean over draws the value bounds the
+            cross-entropy of `z_t` at the time `low`, `-E_q log p`, in nats (`likelihood`: but for
+            the error of its quadrature): `KL(q(z_high) || N(0, I))`, and
             `D/2 log(2 pi e sigma_low^2)` unless the form is `score_difference`, which then is
             `KL(q || p)` at that time. In fp32 they are right to 1e-7 nats per dimension.
         low: the lowest time.

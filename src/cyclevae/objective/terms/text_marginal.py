@@ -82,7 +82,7 @@ class TextMarginal(UnpairedTerm):
         )
         return reduce_text(
             nats,
-            kept,
+            step.text_process.taught(kept),
             reduction="nats",
             rows=self.there(step.rows, "latent"),
             count=step.denominator(),
