@@ -77,6 +77,7 @@ class ModuleDenoiser:
         network: the module as given (plain, DDP, FSDP2 or compiled); it is what gets called.
         module: the plain module inside, against which parameter patterns resolve.
         roles: which of its parameters serve one direction alone, if that was said.
+        takes_mask: whether its forward has an `attention_mask`; if not, texts have one length.
     """
 
     def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
@@ -86,7 +87,10 @@ class ModuleDenoiser:
             self.roles.groups(self.module)
         # Decided once: a wrapper's own forward takes anything, so ask the plain module.
         parameters = inspect.signature(self.module.forward).parameters.values()
-        self._takes_need = any(p.name == "need" or p.kind is p.VAR_KEYWORD for p in parameters)
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        self._takes_need = anything or "need" in names
+        self.takes_mask = anything or "attention_mask" in names
 
     @property
     def module(self) -> nn.Module:
@@ -107,14 +111,16 @@ class ModuleDenoiser:
         need: Need = "both",
     ) -> Denoised:
         """One forward of the network: see `Denoiser.denoise`."""
-        output = self.network(
-            tokens,
-            latents,
-            text_time=text_time,
-            latent_time=latent_time,
-            attention_mask=attention_mask,
-            **({"need": need} if self._takes_need else {}),
-        )
+        more: dict[str, Any] = {"need": need} if self._takes_need else {}
+        if self.takes_mask:
+            more["attention_mask"] = attention_mask
+        elif checks.reads_values(attention_mask) and not bool(attention_mask.all()):
+            raise ValueError(
+                f"the forward of {type(self.module).__name__} takes no `attention_mask`, so all "
+                "texts must have one length, got some with padding: give its forward the "
+                "argument, or let batches have no padding"
+            )
+        output = self.network(tokens, latents, text_time=text_time, latent_time=latent_time, **more)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 "a denoising network must return (logits, latent_prediction) or a `Denoised`, "
@@ -127,8 +133,9 @@ def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDeno
     """Make a `Denoiser` of a module, plain or wrapped in DDP, FSDP2 or `torch.compile`.
 
     The module is called as `network(tokens, latents, text_time=, latent_time=, attention_mask=)`,
-    with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. A network
-    with another signature gets a small module of one's own around it.
+    with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. One whose
+    texts all have one length may do without `attention_mask`. A network with another signature gets
+    a small module of one's own around it.
 
     Args:
         network: the module.

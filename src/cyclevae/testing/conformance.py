@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cyclevae._base.precision import fp32
-from cyclevae._base.types import Need
 from cyclevae.diagnostics._measuring import evaluating
-from cyclevae.model.denoiser import Denoised, Denoiser, need_latents, need_logits
+from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
+from cyclevae.testing._alive import alive, moved
+from cyclevae.testing._dry_run import JOINT, L2T, T2L, DryRun, Mode, fitting
 
 
 def check_denoiser(
@@ -24,16 +25,22 @@ def check_denoiser(
     latent_shape: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    lengths: Sequence[int] = (7, 4, 2),
+    lengths: Sequence[int] | None = None,
     relaxed: bool = False,
 ) -> None:
     """Dry-run a denoiser as the objective will use it; call it first, on the wrapped object.
 
     Checks that the network is reached through its own `__call__`; that both directions and the
     joint mode return finite outputs of the right shapes; that `need` is honoured; that padding and
-    other rows of the batch change nothing; that both outputs carry a gradient to the parameters;
-    and that its roles, if it has any, are true. No gradient is accumulated, and the global random
-    state is left alone.
+    other rows of the batch change nothing; that the text reaches the latent prediction, the latent
+    the logits, and a word the logits on both sides of it, if on one (a causal model cannot fill in
+    a masked text); that both outputs carry a gradient to the parameters that they depend on and
+    that learn; and that its roles, if it has any, are true.
+
+    Parameters whose numbers are all equal, such as a head that begins at 0, are moved meanwhile, so
+    that nothing is silent because it has not learned yet. Dropout is off; other draws follow the
+    global random state, which is the same for runs that are compared. Afterwards all is as it was,
+    and no gradient is accumulated. What is exact zero in the trained network is not looked for.
 
     Args:
         denoiser: the denoiser, in the wrappers it will be trained in.
@@ -41,15 +48,17 @@ def check_denoiser(
         latent_process: the latent process.
         latent_shape: of one latent, `(d,)` or `(n, d)`; that of the process if not given.
         device: where the network lives; that of its first parameter if not given.
-        dtype: of latents; float32 if not given.
-        lengths: of the texts in the batch, longest first, no longer than the model can take.
+        dtype: of latents; that of its first floating-point parameter if not given.
+        lengths: of the texts in the batch, two or more. If not given, 7, 4 and 2, or others that
+            the network can take; equal ones where its forward has no `attention_mask`. Give equal
+            ones, such as `(7, 7)`, for a model whose texts all have one length.
         relaxed: check also what the differentiable text bridges need: that a one-hot text
             `[b, s, v]` is read as its ids are, and that gradient reaches it.
 
     Raises:
         AssertionError: the denoiser breaks its contract; the message says how and what to do.
         TypeError: it has no `denoise` method, or is a module itself.
-        ValueError: no latent shape is known.
+        ValueError: no latent shape is known, or lengths that are none.
 
     Examples:
         >>> from cyclevae.testing import toy_denoiser
@@ -65,42 +74,149 @@ def check_denoiser(
     shape = tuple(latent_shape or latent_process.shape or ())
     if not shape:
         raise ValueError("give `latent_shape`, or set `shape` on the LatentProcess")
+    if lengths is not None and (len(lengths) < 2 or min(lengths) < 1):
+        raise ValueError(
+            f"`lengths` must be of two texts or more, each at least 1, got {tuple(lengths)!r}"
+        )
     module = getattr(denoiser, "module", None)
     parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
     if device is None:
-        device = parameters[0].device if parameters else torch.device("cpu")
-    if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
-        parameters = []  # FSDP2 hides their gradients from autograd
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-    words = [i for i in range(text_process.vocab_size) if i not in text_process.forbidden_ids]
-    chosen = torch.randint(len(words), mask.shape, generator=generator)
-    tokens = text_process.frame(torch.tensor(words)[chosen], mask).to(device)
-    latents = torch.randn(len(lengths), *shape, generator=generator).to(device, dtype)
-    mask = mask.to(device)
+        device = parameters[0].device if parameters else "cpu"
+    if dtype is None:
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluating(module):
-        check = partial(_check_mode, denoiser, text_process, tokens, latents, mask)
+    learning = [p for p in parameters if p.requires_grad]
+    _check_norms(module)
+    with torch.random.fork_rng(devices), evaluating(module), alive(learning):
+        where = torch.device(device)
+        dry = fitting(partial(DryRun.of, denoiser, text_process, shape, where, dtype), lengths)
+        if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
+            learning = []  # FSDP2 hides their gradients from autograd
         with _called(getattr(denoiser, "network", module)):
-            check(1.0, 0.0, "logits", parameters)
-        check(0.0, 1.0, "latents", parameters)
-        check(0.5, 0.5, "both", parameters)
+            _check_mode(dry, L2T, learning)
+        _check_mode(dry, T2L, learning)
+        _check_mode(dry, JOINT, learning)
+        _check_both_sides(dry)
+        _check_listening(dry)
         if relaxed:
-            _check_relaxed(denoiser, text_process, tokens, latents, mask)
+            _check_relaxed(dry)
         roles = getattr(denoiser, "roles", None)
-        if roles is not None and parameters:
+        if roles is not None and learning:
             groups = roles.groups(module)
-            logits = l2t(denoiser, latents, mask, text_process=text_process)
+            logits = l2t(denoiser, dry.latents, dry.mask, text_process=text_process)
             _check_role("encoder_only", groups, "L2T", logits)
             encoded = t2l(
                 denoiser,
-                tokens,
-                mask,
-                latents=latents,
+                dry.tokens,
+                dry.mask,
+                latents=dry.latents,
                 text_process=text_process,
                 latent_process=latent_process,
             )
             _check_role("decoder_only", groups, "T2L", encoded.prediction)
+
+
+def _check_norms(module: object) -> None:
+    """Batch normalisation mixes rows while it trains, and the dry run evaluates."""
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            raise AssertionError(
+                f"{name or 'the network'} is a {type(part).__name__}, in which other rows of the "
+                "batch change the outputs while it trains, and every pass of a step moves its "
+                "statistics; use LayerNorm or GroupNorm, or keep it in evaluation mode"
+            )
+
+
+def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
+    try:
+        full = dry.outputs(mode)
+    except ValueError as error:
+        raise AssertionError(f"{mode}: {error}") from error
+    later = torch.arange(len(dry.tokens), device=dry.tokens.device) > 0
+    others = dry.other_words(later[:, None])
+    others = others._replace(latents=_where(later, 0.5 - dry.latents, dry.latents))
+    with torch.no_grad():
+        again, repadded = dry.outputs(mode), dry.outputs(mode, padding=int(dry.tokens[0, 0]))
+        beside, alone = others.outputs(mode), dry.row().outputs(mode)
+        reseeded = dry._replace(seed=1).outputs(mode)
+    for name, value in full.items():
+        if not bool(torch.isfinite(value).all()):
+            raise AssertionError(f"{mode}: the {name} hold NaN or infinity")
+        spread = _distance(value, again[name])  # of draws that no seed controls
+        if not _close(value, repadded[name], spread):
+            raise AssertionError(
+                f"{mode}: the ids at padded positions change the {name}; the network must use "
+                "`attention_mask` wherever positions mix. If all of its texts have one length, "
+                "say so: lengths=(7, 7)"
+            )
+        draws = _distance(again[name], reseeded[name]) > 0  # others, for another number of rows
+        same = draws or _close(value[:1], alone[name], spread)
+        if not (same and _close(value[:1], beside[name][:1], spread)):
+            raise AssertionError(
+                f"{mode}: other rows of the batch change the {name}; a denoiser must treat rows "
+                "apart (no batch normalisation over rows)"
+            )
+        if learning and not _reached(value, learning):
+            with torch.no_grad(), moved(learning):
+                depends = not torch.equal(value, dry.outputs(mode)[name])
+            if depends:  # where all that it reads is frozen, there is nothing to reach
+                raise AssertionError(
+                    f"{mode}: no gradient of the {name} reaches a parameter of `denoiser.module`"
+                )
+
+
+def _check_listening(dry: DryRun) -> None:
+    """Each direction must depend on its condition."""
+    with torch.no_grad():
+        for mode, name, condition, other, cure in (
+            (
+                T2L,
+                "latent_prediction",
+                "text",
+                dry.other_words(torch.ones_like(dry.mask)),
+                "read it off words that have seen the text (a latent in front of a causal model "
+                "has seen none)",
+            ),
+            (
+                L2T,
+                "logits",
+                "latent",
+                dry._replace(latents=dry.latents.roll(1, 0)),
+                "let every position read the latent",
+            ),
+        ):
+            if other.tokens is not dry.tokens and torch.equal(other.tokens, dry.tokens):
+                continue  # there is no other word
+            before, again, after = (each.outputs(mode)[name] for each in (dry, dry, other))
+            spread = _distance(before, again)
+            if spread <= 1e-3 * before.abs().max() and _distance(before, after) <= 10 * spread:
+                raise AssertionError(
+                    f"{mode}: another {condition} changes nothing in the {name}, so this direction "
+                    f"could learn nothing of it; {cure}"
+                )
+
+
+def _check_both_sides(dry: DryRun) -> None:
+    """Words to the right must be heard, where those to the left are, and the other way round."""
+    places = dry.text_process.chosen(dry.mask)[0].nonzero().flatten().tolist()
+    if len(places) < 2:
+        return
+    heard = {}
+    with torch.no_grad():
+        before, again = (dry.outputs(JOINT)["logits"][0] for _ in range(2))
+        spread = _distance(before, again)
+        for side, place in (("left", places[0]), ("right", places[-1])):
+            at = torch.arange(dry.tokens.shape[1], device=dry.tokens.device)
+            after = dry.other_words((at == place)[None]).outputs(JOINT)["logits"][0]
+            elsewhere = (at != place)[:, None]
+            heard[side] = _distance(before * elsewhere, after * elsewhere) > 10 * spread
+    if heard["left"] != heard["right"]:
+        deaf = next(side for side, hears in heard.items() if not hears)
+        raise AssertionError(
+            f"{JOINT}: the logits never depend on words to their {deaf}, as under a causal mask; a "
+            "masked text is filled in from both sides, so attention must be bidirectional: see "
+            "docs/scope.md#an-autoregressive-decoder"
+        )
 
 
 def _check_role(
@@ -108,11 +224,7 @@ def _check_role(
 ) -> None:
     """The parameters of one direction take no part in the other."""
     members = [(name, p) for name, p in groups[role] if p.requires_grad]
-    if not members:
-        return
-    reached = torch.autograd.grad(
-        output.float().square().sum(), [p for _, p in members], allow_unused=True
-    )
+    reached = _gradients(output, [p for _, p in members])
     used = [
         name for (name, _), g in zip(members, reached, strict=True) if g is not None and g.any()
     ]
@@ -123,120 +235,55 @@ def _check_role(
         )
 
 
-def _check_relaxed(
-    denoiser: Denoiser, text_process: TextProcess, tokens: Tensor, latents: Tensor, mask: Tensor
-) -> None:
-    def encode(text: Tensor) -> Tensor:
-        time = torch.ones(len(text), device=text.device)
-        output = denoiser.denoise(
-            text,
-            latents,
-            text_time=0 * time,
-            latent_time=time,
-            attention_mask=mask,
-            need="latents",
-        )
-        return need_latents(output, latents)
-
-    one_hot = torch.nn.functional.one_hot(tokens, text_process.vocab_size)
-    text = one_hot.to(fp32(latents).dtype).requires_grad_()
+def _check_relaxed(dry: DryRun) -> None:
+    one_hot = torch.nn.functional.one_hot(dry.tokens, dry.text_process.vocab_size)
+    text = one_hot.to(fp32(dry.latents).dtype).requires_grad_()
     try:
-        read = encode(text)
+        read = need_latents(dry.denoise(T2L, text), dry.latents)
     except Exception as error:
         raise AssertionError(
             f"the network cannot read a relaxed text [b, s, v] ({type(error).__name__}: {error}); "
             "use embed_tokens(embedding.weight, tokens) in place of embedding(tokens)"
         ) from error
     with torch.no_grad():
-        ids = encode(tokens)
-    if not _close(read, ids):
+        ids, again = (dry.outputs(T2L)["latent_prediction"] for _ in range(2))
+    if not _close(read, ids, _distance(ids, again)):
         raise AssertionError(
             "a one-hot text [b, s, v] gives another latent_prediction than its ids; embed both by "
             "embed_tokens(embedding.weight, tokens)"
         )
-    (reached,) = (
-        torch.autograd.grad(read.float().square().sum(), [text], allow_unused=True)
-        if read.requires_grad
-        else (None,)
-    )
-    if reached is None or not bool(reached[mask].any()):
+    (reached,) = _gradients(read, [text])
+    if reached is None or not bool(reached[dry.mask].any()):
         raise AssertionError(
             "no gradient of the latent_prediction reaches a relaxed text [b, s, v], so the decoder "
             "could learn nothing through a text bridge; is it detached, rounded or read as ids?"
         )
 
 
-def _check_mode(
-    denoiser: Denoiser,
-    text_process: TextProcess,
-    tokens: Tensor,
-    latents: Tensor,
-    mask: Tensor,
-    text_time: float,
-    latent_time: float,
-    need: Need,
-    parameters: Sequence[Tensor],
-) -> None:
-    def run(rows: slice = slice(None), padding: int | None = None) -> Denoised:
-        noised = text_process.fully_masked(mask[rows]) if text_time == 1 else tokens[rows]
-        if padding is not None:
-            noised = noised.masked_fill(~mask[rows], padding)
-        time = torch.ones(len(noised), device=tokens.device)
-        return denoiser.denoise(
-            noised,
-            latents[rows],
-            text_time=text_time * time,
-            latent_time=latent_time * time,
-            attention_mask=mask[rows],
-            need=need,
-        )
-
-    def outputs(denoised: Denoised, rows: slice = slice(None)) -> dict[str, Tensor]:
-        found = {}
-        if need != "latents":
-            logits = need_logits(denoised, tokens[rows], text_process.vocab_size)
-            found["logits"] = logits * mask[rows][..., None]
-        if need != "logits":
-            found["latent_prediction"] = need_latents(denoised, latents[rows])
-        return found
-
-    mode = f"at text_time {text_time:g}, latent_time {latent_time:g}, need={need!r}"
-    try:
-        full = outputs(run())
-    except ValueError as error:
-        raise AssertionError(f"{mode}: {error}") from error
-    with torch.no_grad():
-        repadded = outputs(run(padding=int(tokens[0, 0])))
-        alone = outputs(run(slice(1)), slice(1))
-    for name, value in full.items():
-        if not bool(torch.isfinite(value).all()):
-            raise AssertionError(f"{mode}: the {name} hold NaN or infinity")
-        if not _close(value, repadded[name]):
-            raise AssertionError(
-                f"{mode}: the ids at padded positions change the {name}; the network must use "
-                "`attention_mask` wherever positions mix"
-            )
-        if not _close(value[:1], alone[name]):
-            raise AssertionError(
-                f"{mode}: other rows of the batch change the {name}; a denoiser must treat rows "
-                "apart (no batch normalisation over rows)"
-            )
-        reached = (
-            torch.autograd.grad(
-                value.float().square().sum(), parameters, retain_graph=True, allow_unused=True
-            )
-            if parameters and value.requires_grad
-            else ()
-        )
-        if parameters and not any(g is not None and bool(g.any()) for g in reached):
-            raise AssertionError(
-                f"{mode}: no gradient of the {name} reaches a parameter of `denoiser.module`"
-            )
+def _gradients(output: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Of a random linear function of the output: that of its square is 0 where a head is."""
+    if not (output.requires_grad and of):
+        return [None] * len(of)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    total = (output.float() * weights.to(output.device)).sum()
+    return torch.autograd.grad(total, of, retain_graph=True, allow_unused=True)
 
 
-def _close(left: Tensor, right: Tensor) -> bool:
+def _reached(output: Tensor, parameters: Sequence[Tensor]) -> bool:
+    return any(g is not None and bool(g.any()) for g in _gradients(output, parameters))
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return (left.float() - right.float()).abs().max().item()
+
+
+def _close(left: Tensor, right: Tensor, spread: float = 0.0) -> bool:
     loose = 5e-2 if left.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    return torch.allclose(left.float(), right.float(), rtol=loose, atol=loose)
+    return torch.allclose(left.float(), right.float(), rtol=loose, atol=loose + 3 * spread)
+
+
+def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 @contextmanager
