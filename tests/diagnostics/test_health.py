@@ -110,8 +110,6 @@ def test_zeros_retrieve_by_chance_and_equal_latents_are_one():
     half = z[:5].repeat(2, 1)
     assert retrieval(half, half).recall == 1
     assert retrieval(half, half).never == retrieval(half, half).hubness == 0
-    one = torch.ones(3, 4)
-    assert retrieval(one, one) == (1.0, 0.0, 0.0)
 
 
 def test_no_graph():
@@ -120,7 +118,7 @@ def test_no_graph():
     assert isinstance(retrieval(z, z).recall, float)
 
 
-Z = torch.zeros(2, 4)
+Z, TWO = torch.zeros(2, 4), torch.eye(4)[[0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -137,10 +135,11 @@ Z = torch.zeros(2, 4)
         (lambda: retrieval(Z, Z[:, :3]), "`z_hat` and `latents` must have equal shapes"),
         (lambda: retrieval(Z, Z / 0), "`latents` must be finite"),
         (
-            lambda: retrieval(Z, Z, k=2),
-            r"`k` must lie in \[1, 1\], the number of different .* got 2",
+            lambda: retrieval(TWO, TWO, k=3),
+            r"`k` must lie in \[1, 2\], the number of different .* got 3",
         ),
-        (lambda: retrieval(Z, Z, k=0), r"`k` must lie in .* got 0"),
+        (lambda: retrieval(TWO, TWO, k=0), r"`k` must lie in .* got 0"),
+        (lambda: retrieval(Z, Z), "`latents` are equal in all rows, so every text would find"),
     ],
 )
 @pytest.mark.unhooked

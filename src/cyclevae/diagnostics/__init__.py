@@ -1,5 +1,6 @@
 """Probes and ledgers: is the cycle honest, is the latent alive, who pulls where."""
 
+from cyclevae.diagnostics.chance import Chance as Chance
 from cyclevae.diagnostics.cheat import CheatTest as CheatTest
 from cyclevae.diagnostics.cheat import Treatment as Treatment
 from cyclevae.diagnostics.cheat import cheat_test as cheat_test

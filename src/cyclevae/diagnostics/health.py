@@ -120,8 +120,8 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
         k: neighbours that are counted for the hubs.
 
     Raises:
-        ValueError: fewer than 2 rows, unequal shapes, latents that are not finite, a `k` below 1
-            or above the number of different latents.
+        ValueError: fewer than 2 rows or different latents, unequal shapes, latents that are not
+            finite, a `k` below 1 or above the number of different latents.
 
     Reference: hubs, Radovanovic et al., https://www.jmlr.org/papers/v11/radovanovic10a.html.
 
@@ -138,6 +138,11 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     check_rows("z_hat", z_hat)
     x, y = (part.detach().cpu().double().flatten(1) for part in (z_hat, latents))
     pool, own = torch.unique(y, dim=0, return_inverse=True)
+    if len(pool) < 2:
+        raise ValueError(
+            "`latents` are equal in all rows, so every text would find its own; give rows that "
+            "differ"
+        )
     if not 1 <= k <= len(pool):
         raise ValueError(
             f"`k` must lie in [1, {len(pool)}], the number of different latents, got {k!r}"

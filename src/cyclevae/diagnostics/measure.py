@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from cyclevae._base import checks
-from cyclevae._base.types import Number
+from cyclevae._base.types import Logits, Number
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.bridges.text import pseudo_text
 from cyclevae.diagnostics._measuring import measuring, seeded, statistics
+from cyclevae.diagnostics.chance import chance
 from cyclevae.diagnostics.cheat import cheat_test
 from cyclevae.diagnostics.health import latent_health, retrieval
 from cyclevae.diagnostics.probes import latent_probe, text_probe
@@ -112,6 +113,8 @@ def cycle_report(
         y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
         cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
         checks.check_latents("z_hat", z_hat, cure="has training diverged?")
+        checks.check_latents("z_hat of the latent cycle", cycled, cure="has training diverged?")
+        _check_finite(logits)
         base = t2l_loss(*pairs, time=time, noise=noise, **processes)
 
     total = latents.cpu().double().var(dim=0, correction=0).sum()  # the error of the mean
@@ -139,10 +142,21 @@ def cycle_report(
         cheat=cheat_test(
             *pairs, z_hat=z_hat, variance=target["variance"], generator=generator, **read
         ),
+        chance=chance(logits, tokens, text_process.chosen(mask), latents),
         z_hat=latent_health(z_hat, **target),
         latents=true,
         retrieval=retrieval(z_hat, latents),
     )
+
+
+def _check_finite(logits: Logits) -> None:
+    """Words may be forbidden by minus infinity; anything else that is no number compares as ok."""
+    bad = logits.isnan() | logits.isposinf()
+    if bool(bad.any()):
+        raise ValueError(
+            f"the decoder's logits must be finite, got NaN or infinity in {int(bad.sum())} of "
+            f"{bad.numel()}; has training diverged?"
+        )
 
 
 def _gain(latent_process: LatentProcess, time: Number) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cyclevae._base.table import table
 from cyclevae.diagnostics import verdicts
+from cyclevae.diagnostics.chance import Chance
 from cyclevae.diagnostics.cheat import CheatTest
 from cyclevae.diagnostics.health import LatentHealth, Retrieval
 from cyclevae.diagnostics.probes import Probe
@@ -34,6 +35,7 @@ class CycleReport:
         text: the probe of L2T.
         latent: the probe of T2L.
         cheat: accuracies of the text cycle and on pairs.
+        chance: the decoder on pairs beside what can be guessed without their latents.
         z_hat: health of the encoder's latents, against the stored statistics.
         latents: health of the true ones.
         retrieval: of the true latents by `z_hat`.
@@ -63,6 +65,7 @@ class CycleReport:
     text: Probe
     latent: Probe
     cheat: CheatTest
+    chance: Chance
     z_hat: LatentHealth
     latents: LatentHealth
     retrieval: Retrieval
@@ -73,6 +76,7 @@ class CycleReport:
         right, shuffled = self.latent_error, self.shuffled_latent_error
         bridge = verdicts.ill_conditioned_bridge(self.gain, self.max_gain)
         of_z_hat = [
+            verdicts.encoder_at_chance(right, self.retrieval, self.chance.alike, self.rows),
             verdicts.ignored_text(shuffled - right, self.latent_gap_error, right, shuffled),
             verdicts.collapse(self.z_hat, self.latents, self.retrieval),
             verdicts.scale_drift(self.z_hat, right),
@@ -81,8 +85,21 @@ class CycleReport:
         ]
         if not bridge.ok:
             of_z_hat = [v._replace(cure=v.cure and "mend the bridge first") for v in of_z_hat]
-        of_latents = verdicts.ignored_latent(self.text.gap, self.text.gap_error, self.text.shuffled)
-        return (bridge, of_latents, *of_z_hat)
+        of_latents = (
+            verdicts.decoder_at_chance(self.chance),
+            verdicts.ignored_latent(self.text.gap, self.text.gap_error, self.text.shuffled),
+        )
+        return (bridge, *of_latents, *of_z_hat)
+
+    @property
+    def summary(self) -> str:
+        """What was tested, what failed, and what this batch could not tell."""
+        found = self.verdicts
+        failed = [verdict.name for verdict in found if verdict.ok is False]
+        unknown = [verdict.name for verdict in found if verdict.ok is None]
+        tested = f"{len(found) - len(unknown)} of {len(found)} pitfalls tested on {self.rows} pairs"
+        said = f"found: {', '.join(failed)}" if failed else "none of them found"
+        return "; ".join([tested, said, *([f"not judged: {', '.join(unknown)}"] * bool(unknown))])
 
     def __str__(self) -> str:
         width = len(self.latents.mean)
@@ -115,7 +132,13 @@ class CycleReport:
                     ],
                 ]
             ),
-            table([["accuracy", "text cycle", "pairs"], *map(list, self._accuracies(_percent))]),
+            table(
+                [
+                    ["accuracy", "text cycle", "pairs"],
+                    *map(list, self._accuracies(_percent)),
+                    ["guessed", "", _percent(self.chance.guess)],
+                ]
+            ),
             table(
                 [
                     ["latents", "z_hat", "true"],
@@ -129,7 +152,7 @@ class CycleReport:
                     ["hubness", _g(self.retrieval.hubness), ""],
                 ]
             ),
-            "\n".join(map(str, self.verdicts)),
+            "\n".join([*map(str, self.verdicts), self.summary]),
         ]
         return "\n\n".join(blocks)
 
@@ -161,8 +184,7 @@ class CycleReport:
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xlabel("accuracy of the decoded text")
-        failed = [verdict.name for verdict in self.verdicts if verdict.ok is False]
-        axes.set_title(", ".join(failed) or "no pitfall found")
+        axes.set_title(self.summary.replace("; ", "\n"), fontsize="medium")
         axes.legend(loc="lower right")  # where the bars are short
         if figure is not None:
             figure.savefig(where)

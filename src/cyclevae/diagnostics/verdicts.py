@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from cyclevae.diagnostics.chance import Chance
 from cyclevae.diagnostics.cheat import CheatTest
 from cyclevae.diagnostics.health import LatentHealth, Retrieval
 
@@ -17,6 +18,9 @@ NARROW = 0.25  # of the true latents' effective rank, or active dimensions
 HUBS = 0.8  # share of latents never retrieved: 0.37 where texts take latents at random
 STRETCH = 2.0  # by which length or spread may differ: a decoder hardly saw such latents
 DRIFT = 0.5  # standard deviations between the means
+LEARNED = 0.02  # of the words that a guess gets wrong, or of the variance: less is chance
+BELOW = 0.9  # of the entropy of words without the latent: a loss below it is no guess
+FEW = 0.1  # a gain that luck alone may reach with so few words
 
 
 class Verdict(NamedTuple):
@@ -56,6 +60,36 @@ def ill_conditioned_bridge(gain: float, max_gain: float) -> Verdict:
         f"reading z_hat multiplies the prediction's error by {gain:.3g}; max_gain is {max_gain:g}",
         "a loss near 0 says nothing here: predict `v` or `x0`, or cap the time, in T2L's training "
         "too, and take LatentBridge(steps=4)",
+    )
+
+
+def decoder_at_chance(found: Chance) -> Verdict:
+    """Does the decoder write more of the texts than can be guessed without their latents?"""
+    name, luck = "decoder at chance", found.gain_error
+    measured = (
+        f"{found.accuracy:.1%} of {found.words} words are right from true latents, and "
+        f"{found.guess:.1%} by the most frequent word of each position"
+    )
+    cure = (
+        "train `Text` on pairs for longer, and on more of them where its loss on training pairs is "
+        "low already"
+    )
+    if found.loss < BELOW * found.entropy or found.gain > max(LEARNED, luck):
+        return _verdict(name, True, measured, cure)
+    return _verdict(name, None if luck > FEW and found.gain > 0 else False, measured, cure)
+
+
+def encoder_at_chance(latent_error: float, found: Retrieval, alike: float, rows: int) -> Verdict:
+    """Is `z_hat` nearer to its text's latent than the mean of all latents, or tells it which?"""
+    luck, ok = alike + SURE * math.sqrt(alike * (1 - alike) / rows), latent_error < 1 - LEARNED
+    few = luck - alike > FEW and found.recall > alike
+    return _verdict(
+        "encoder at chance",
+        ok or found.recall > luck or (None if few else False),
+        f"z_hat misses {latent_error:.3g} of the latents' variance, where their mean misses 1, and "
+        f"finds {found.recall:.1%} of the latents, {alike:.1%} by chance",
+        "train T2L on pairs at the bridge's time for longer, and on more of them where its loss on "
+        "training pairs is low already",
     )
 
 
@@ -157,7 +191,7 @@ def _verdict(name: str, ok: bool | None, measured: str, cure: str) -> Verdict:
 
 
 def _heard(gap: float, error: float, shuffled: float) -> bool | None:
-    """Whether a gap is there: None where it may be chance."""
-    if gap <= HEARD * shuffled:
+    """Whether a gap is there: None where it may be chance; what is no number was not heard."""
+    if not gap > HEARD * shuffled:
         return False
-    return None if gap <= SURE * error else True
+    return True if gap > SURE * error else None

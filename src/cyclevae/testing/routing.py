@@ -47,7 +47,8 @@ def assert_learns(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]
         parameters: as `assert_frozen`.
 
     Raises:
-        AssertionError: names the parameters that the gradient does not reach.
+        AssertionError: names the parameters that the gradient does not reach, or in which it is no
+            number.
         RuntimeError: if the graph holds reentrant activation checkpointing.
         ValueError: if nothing would be tested: no graph, no parameters, or
             sharded ones, or the aliases that `freeze` lends.
@@ -56,11 +57,15 @@ def assert_learns(loss: Tensor, parameters: Iterable[Tensor | tuple[str, Tensor]
         >>> layer = torch.nn.Linear(2, 2)
         >>> assert_learns(layer(torch.ones(1, 2)).sum(), layer.named_parameters())
     """
-    gradients = _gradients(loss, parameters)
-    missed = [name for name, gradient in gradients if gradient is None]
+    found = _gradients(loss, parameters)
+    missed = [name for name, gradient in found if gradient is None]
     if missed:
         raise AssertionError(f"expected a gradient, but none reaches: {', '.join(missed)}")
-    if not any(gradient.any() for _, gradient in gradients if gradient is not None):
+    gradients = [(name, gradient) for name, gradient in found if gradient is not None]
+    bad = [name for name, gradient in gradients if not bool(torch.isfinite(gradient).all())]
+    if bad:
+        raise AssertionError(f"expected a gradient, but it is NaN or infinite in: {', '.join(bad)}")
+    if not any(gradient.any() for _, gradient in gradients):
         names = ", ".join(name for name, _ in gradients)
         raise AssertionError(f"expected a gradient, but it is zero in all of: {names}")
 
