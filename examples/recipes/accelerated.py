@@ -37,11 +37,15 @@ def main() -> None:
         hide = not accelerator.is_main_process
         for batches in steps(tqdm(loader, f"epoch {epoch}", leave=False, disable=hide)):
             counts = cv.pool_counts([objective.counts(batch) for batch in batches])
+            skip = False
             for batch in batches:
                 last = batch is batches[-1]
                 with nullcontext() if last else accelerator.no_sync(module):
-                    accelerator.backward(module(batch, step, counts=counts).loss)
-            optimizer.step()
+                    output = module(batch, step, counts=counts)
+                    accelerator.backward(output.loss)
+                skip |= bool(output.skip)  # None, but for non_finite="skip"
+            if not skip:
+                optimizer.step()
             optimizer.zero_grad()
             step += 1
     if accelerator.is_main_process:
@@ -49,11 +53,11 @@ def main() -> None:
     accelerator.end_training()
 
 
-def steps(loader: Iterator[dict[str, Tensor]]) -> Iterator[list[cv.Batch]]:
+def steps(loader: Iterator[dict[str, Tensor] | cv.Batch]) -> Iterator[list[cv.Batch]]:
     """The batches that one optimizer step accumulates."""
     fields = iter(loader)
     while parts := list(islice(fields, ACCUMULATE)):
-        yield [cv.Batch(**part) for part in parts]
+        yield [task.as_batch(part) for part in parts]
 
 
 if __name__ == "__main__":

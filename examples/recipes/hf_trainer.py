@@ -1,4 +1,4 @@
-"""Hugging Face `Trainer`: every term logged, and `num_items_in_batch` honoured."""
+"""Hugging Face `Trainer`: every term logged and evaluated, and `num_items_in_batch` honoured."""
 
 from collections import defaultdict
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import task
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import cyclevae as cv
 
@@ -21,7 +21,16 @@ class CycleTrainer(Trainer):
     def __init__(self, module: cv.StepModule, args: TrainingArguments, **options: Any) -> None:
         super().__init__(module, args, **options)
         self.model_accepts_loss_kwargs = True  # so the Trainer does not divide the loss again
-        self.objective, self.terms = module.objective, defaultdict[str, list[Tensor]](list)
+        self.objective = module.objective
+        module._keys_to_ignore_on_save = None  # of Hugging Face models; asked for when one loads
+        self.terms, self.evaluated = defaultdict[str, list[Tensor]](list), defaultdict(list)
+        self.skips: list[Tensor] = []
+        self.add_callback(LeaveOut(self.skips))
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if isinstance(inputs, cv.Batch):  # of a collator that makes one
+            inputs = {name: part for name, part in inputs._asdict().items() if part is not None}
+        return super()._prepare_inputs(inputs)
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
         samples, _ = super().get_batch_samples(*arguments)
@@ -31,19 +40,67 @@ class CycleTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        counts = num_items_in_batch or {}  # none in an evaluation
+        counts = num_items_in_batch or {}
         output = model(cv.Batch(**inputs), self.state.global_step, counts=counts)
         for name, value in output.metrics.items():
             share = name == "loss" or name in counts  # of the step's, for this part of its rows
             self.terms[name].append(
                 value * self.current_gradient_accumulation_steps if share else value
             )
+        if output.skip is not None:
+            self.skips.append(output.skip)
         return (output.loss, output.metrics) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        means = {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
-        self.terms.clear()
-        super().log(means | logs, *args, **kwargs)
+        if "loss" in logs:  # of training
+            terms = {name: torch.stack(values).mean() for name, values in self.terms.items()}
+            logs = {name: value.item() for name, value in terms.items()} | logs
+            self.terms.clear()
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Every evaluation draws the same noise, and leaves that of training alone."""
+        batch = cv.Batch(**self._prepare_inputs(inputs))
+        number = len(self.evaluated["loss"]) * self.args.world_size + self.args.process_index
+        generator = torch.Generator(self.args.device).manual_seed(number)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(batch, self.state.global_step, generator)
+        for name, value in output.metrics.items():
+            self.evaluated[name].append(torch.stack([value, torch.ones_like(value)]) * rows(batch))
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self.evaluated.clear()
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(*args, **kwargs)
+        for name, values in self.evaluated.items():
+            total, count = self.accelerator.reduce(torch.stack(values).sum(0), "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_{name}"] = total / count
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A tied weight under one name: safetensors refuses two."""
+        state = self.model.state_dict() if state_dict is None else state_dict
+        names = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        super()._save(output_dir, {name: x for name, x in state.items() if name in names})
+
+
+class LeaveOut(TrainerCallback):
+    """Let a step with a term that is not finite move nothing, where `non_finite="skip"` says so."""
+
+    def __init__(self, skips: list[Tensor]) -> None:
+        self.skips = skips
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        if any(self.skips):  # waits for the device
+            model.zero_grad()  # to None, which optimizers pass over
+        self.skips.clear()
+
+
+def rows(batch: cv.Batch) -> int:
+    return max(len(part) for part in batch if part is not None)
 
 
 def main() -> None:
@@ -62,11 +119,16 @@ def main() -> None:
             max_grad_norm=0.0,
             remove_unused_columns=False,  # the columns are those of `Batch`, not of `forward`
             logging_steps=10,
-            save_strategy="no",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=False,  # to be compared with the other recipes
+            metric_for_best_model="text_loss",  # for True: a base loss, never one of a cycle
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=task.Mixed(data),
+        eval_dataset=task.HeldOut(data),
     )
     trainer.train()
     if trainer.is_world_process_zero():

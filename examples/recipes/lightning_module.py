@@ -17,17 +17,53 @@ class CycleModule(lightning.LightningModule):
         super().__init__()
         self.module = cv.StepModule(cv.as_denoiser(network), objective)
 
-    def training_step(self, fields: dict[str, Tensor], _: int) -> Tensor:
-        output = self.module(cv.Batch(**fields), self.global_step)
-        self.log_dict(
-            {f"train/{name}": value for name, value in output.metrics.items()},
-            sync_dist=True,  # the mean over ranks
-            batch_size=len(fields["tokens"]),
-        )
+    @property
+    def step(self) -> int:
+        """The step of training: `global_step` counts those of every optimizer, two by twos."""
+        optimizers = self.optimizers()
+        return self.global_step // (len(optimizers) or 1 if isinstance(optimizers, list) else 1)
+
+    def training_step(self, fields: dict[str, Tensor] | cv.Batch, _: int) -> Tensor | None:
+        output = self.module(task.as_batch(fields), self.step)
+        self.log_terms("train", output, fields)
+        if output.skip is not None and output.skip:  # non_finite="skip"; waits for the device
+            return None  # no update
+        if not self.automatic_optimization:  # several optimizers: all of them after each backward
+            self.manual_backward(output.loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
         return output.loss
+
+    def validation_step(self, fields: dict[str, Tensor] | cv.Batch, number: int) -> None:
+        """Each validation draws the same noise, and leaves that of training alone."""
+        generator = torch.Generator(self.device).manual_seed(number)
+        output = self.module(task.as_batch(fields), self.step, generator)
+        self.log_terms("val", output, fields)
+
+    def log_terms(
+        self, kind: str, output: cv.StepOutput, fields: dict[str, Tensor] | cv.Batch
+    ) -> None:
+        self.log_dict(
+            {f"{kind}/{name}": value for name, value in output.metrics.items()},
+            sync_dist=True,  # the mean over ranks
+            batch_size=max(len(part) for part in task.as_batch(fields) if part is not None),
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), task.LEARNING_RATE)
+
+
+class TwoOptimizers(CycleModule):
+    """An `EncoderDecoder` of which each half has an optimizer of its own."""
+
+    def __init__(self, network: cv.EncoderDecoder, objective: cv.CycleObjective) -> None:
+        super().__init__(network, objective)
+        self.automatic_optimization = False  # as Lightning wants for more than one
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        halves = self.module.network.encoder, self.module.network.decoder
+        return [torch.optim.AdamW(half.parameters(), task.LEARNING_RATE) for half in halves]
 
 
 def main() -> None:

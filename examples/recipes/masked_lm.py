@@ -20,8 +20,7 @@ class LatentPrefix(nn.Module):
     def __init__(self, model: PreTrainedModel, latent_dim: int) -> None:
         super().__init__()
         self.model = model
-        self.words = model.get_input_embeddings()
-        width = self.words.embedding_dim
+        width = model.get_input_embeddings().embedding_dim
         self.latent_in = nn.Linear(latent_dim, width)
         self.times = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.latent_out = nn.Linear(width, latent_dim)
@@ -37,9 +36,8 @@ class LatentPrefix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         times = self.times(torch.stack([text_time, latent_time], dim=1).to(latents.dtype))
         prefix = (self.latent_in(latents) + times)[:, None]
-        words = cv.embed_tokens(self.words.weight, tokens)  # ids, or a relaxed text
         output = self.model(
-            inputs_embeds=torch.cat([prefix, words], dim=1),
+            inputs_embeds=torch.cat([prefix, self.embed(tokens)], dim=1),
             attention_mask=nn.functional.pad(attention_mask, (1, 0), value=True).long(),
             output_hidden_states=True,
         )
@@ -47,20 +45,33 @@ class LatentPrefix(nn.Module):
         mean = (hidden[:, 1:] * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
         return output.logits[:, 1:], self.latent_out(hidden[:, 0] + mean)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """By the embedding's own call, which an adapter such as LoRA changes; its weight is not."""
+        embedding = self.model.get_input_embeddings()
+        if not tokens.is_floating_point():
+            return embedding(tokens)
+        every_word = torch.arange(tokens.shape[-1], device=tokens.device)
+        return cv.embed_tokens(embedding(every_word), tokens)  # a relaxed text
 
-data = task.sentences()
-sizes = task.sizes(data)
-config = BertConfig(
-    vocab_size=sizes["vocab_size"],
-    max_position_embeddings=sizes["length"] + 1,
-    hidden_size=64,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-)
-torch.manual_seed(0)
-network = LatentPrefix(BertForMaskedLM(config), sizes["latent_dim"])  # or a pretrained model
-denoiser, objective = cv.as_denoiser(network), task.make_objective(data)
-check_denoiser(denoiser, objective.text_process, objective.latent_process, relaxed=True)
-plain.train(network, objective, data)
-task.report("masked_lm", task.measure(network, data, objective))
+
+def main() -> None:
+    data = task.sentences()
+    sizes = task.sizes(data)
+    config = BertConfig(
+        vocab_size=sizes["vocab_size"],
+        max_position_embeddings=sizes["length"] + 1,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    network = LatentPrefix(BertForMaskedLM(config), sizes["latent_dim"])  # or a pretrained model
+    denoiser, objective = cv.as_denoiser(network), task.make_objective(data)
+    check_denoiser(denoiser, objective.text_process, objective.latent_process, relaxed=True)
+    plain.train(network, objective, data)
+    task.report("masked_lm", task.measure(network, data, objective))
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,8 @@ def train(
             output = objective(denoiser, cv.Batch(**fields), step=step)
             optimizer.zero_grad()
             output.loss.backward()
-            optimizer.step()
+            if not output.skip:  # None, but for non_finite="skip"; then it waits for the device
+                optimizer.step()
             step += 1
 
 

@@ -22,7 +22,8 @@ import cyclevae as cv
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, ROWS, DIM = 300, 330, 32
-BATCH, EPOCHS, LEARNING_RATE = 16, 10, 3e-3  # rows of an optimizer step, over all ranks
+BATCH, LEARNING_RATE = 16, 3e-3  # rows of an optimizer step, over all ranks
+EPOCHS = int(os.environ.get("CYCLEVAE_EPOCHS", 10))
 STEPS = EPOCHS * -(-ROWS // BATCH)  # the last batch of an epoch is smaller
 
 
@@ -61,6 +62,25 @@ class Mixed(Dataset[dict[str, Tensor]]):
             "unpaired_attention_mask": self.data.attention_mask[text],
             "unpaired_latents": self.data.latents[latent],
         }
+
+
+class HeldOut(Dataset[dict[str, Tensor]]):
+    """Pairs that nothing was trained on, for evaluation while it trains."""
+
+    def __init__(self, data: Sentences) -> None:
+        self.data = data.test
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        fields = "tokens", "attention_mask", "latents"
+        return {name: getattr(self.data, name)[i] for name in fields}
+
+
+def as_batch(fields: dict[str, Tensor] | cv.Batch) -> cv.Batch:
+    """What a loader yields, whether its collator made a `Batch` or a dict of its fields."""
+    return fields if isinstance(fields, cv.Batch) else cv.Batch(**fields)
 
 
 def make_network(data: Sentences, seed: int = 0) -> nn.Module:

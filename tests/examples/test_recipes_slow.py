@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 import cyclevae as cv
-from cyclevae.testing import toy_batch, toy_denoiser
-from cyclevae.testing._draws import SameDraws
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples" / "recipes"))
@@ -116,75 +113,3 @@ def test_hydra_overrides_reach_the_objective_and_typos_are_named():
     assert read.weights(1000) == {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "prior": 0.1}
     with pytest.raises(RuntimeError, match="did you mean 'bridge'"):
         run("hydra_config", f"+{cycle}.brigde.noise=0.5")
-
-
-# The Trainer's own accumulation
-
-
-class Rows(Dataset):
-    """Toy rows whose texts have 5, 4, 2 and 1 words, so that a mean of means is another mean."""
-
-    def __init__(self):
-        batch = toy_batch(seed=0, rows=4)
-        mask = torch.arange(5) < torch.tensor([[5], [4], [2], [1]])
-        self.batch = batch._replace(
-            attention_mask=mask, unpaired_attention_mask=mask.flip(0), pseudo_text_mask=mask
-        )
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        fields = self.batch._asdict()
-        return {name: part[i] for name, part in fields.items() if part is not None}
-
-
-class SameDrawsModule(cv.StepModule):
-    """Every row gets the same noise, however many there are."""
-
-    def forward(self, *args, **kwargs):
-        with SameDraws():
-            return super().forward(*args, **kwargs)
-
-
-def weights_after_a_step(tmp_path, batch, accumulate):
-    from hf_trainer import CycleTrainer
-    from transformers import TrainingArguments
-
-    denoiser, *processes = toy_denoiser(seed=0)
-    terms = [cv.Text(time=1.0), cv.CycleLatent(), cv.Latent(), cv.CycleText()]
-    objective = cv.CycleObjective(*processes, terms)
-    trainer = CycleTrainer(
-        SameDrawsModule(denoiser, objective),
-        TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=0.1,
-            optim="sgd",
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            remove_unused_columns=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=Rows(),
-    )
-    trainer.train()
-    return trainer.state.log_history[0], list(denoiser.module.parameters())
-
-
-@pytest.mark.filterwarnings("ignore")  # of the framework's own
-def test_the_trainer_takes_the_same_step_however_rows_are_accumulated(tmp_path):
-    expected_log, expected = weights_after_a_step(tmp_path, 4, 1)
-    start = list(toy_denoiser(seed=0)[0].module.parameters())
-    assert not all(torch.equal(*pair) for pair in zip(start, expected, strict=True))
-    for split in ((2, 2), (1, 4), (3, 2)):
-        log, weights = weights_after_a_step(tmp_path, *split)
-        torch.testing.assert_close(weights, expected)
-        for name in ("loss", "text_loss", "latent_loss", "cycle_text_loss"):
-            assert log[name] == pytest.approx(expected_log[name], rel=1e-4), (split, name)

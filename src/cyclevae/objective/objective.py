@@ -216,7 +216,7 @@ class CycleObjective:
         terms, skip = self._weighted(run), None
         if self.non_finite is not None:
             finite = finite_terms(terms)
-            run.metrics["non_finite_terms"] = (~finite).sum(dtype=torch.float32)
+            run.metrics["non_finite_terms"] = (~finite).sum()
             match self.non_finite:
                 case "raise":
                     refuse_non_finite(terms, finite)
@@ -227,7 +227,10 @@ class CycleObjective:
         loss = torch.stack(list(terms.values())).sum()
         for name, weight, _ in run.plan.terms:
             run.metrics[f"{name}_weight"] = _number(weight, loss)
-        metrics = {name: value.detach() for name, value in run.metrics.items()}
+        metrics = {
+            name: value.detach() if value.is_floating_point() else value.detach().float()
+            for name, value in run.metrics.items()
+        }
         return StepOutput(loss, {"loss": loss.detach(), **metrics}, skip)
 
     def losses(

@@ -12,7 +12,7 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: the weighted sum, with its graph.
-        metrics: detached 0-d tensors: each term that ran, unweighted, its weight, and what it
+        metrics: detached 0-d float tensors: each term that ran, unweighted, its weight, and what it
             reports beside. A term that did not run is absent.
         skip: with `non_finite="skip"`, whether a term is not finite on some rank, a 0-d bool
             tensor: see `skip_update`.
