@@ -143,10 +143,11 @@ def encode_text(
 ) -> Latents:
     """The latent that the encoder writes of a text: `z_hat`, from pure noise.
 
-    With `K` steps, pass `k = 0, ..., K - 1` runs at `t_k = time (1 - k/K)` and predicts `z_k`; the
-    next starts from `alpha z_k + sigma epsilon` at its time, with the noise that `z_k` leaves
-    (DDIM), and the last prediction is `z_hat`. One step is a single pass of `t2l`. The bridge's
-    noise is not added: see `LatentBridge.noised`.
+    The first pass starts from `sqrt(alpha^2 + sigma^2) noise`, the law of `z_t` for latents of
+    variance 1. With `K` steps, pass `k = 0, ..., K - 1` runs at `t_k = time (1 - k/K)` and predicts
+    `z_k`; the next starts from `alpha z_k + sigma epsilon` at its time, with the noise that `z_k`
+    leaves (DDIM), and the last prediction is `z_hat`. One step is a single pass of `t2l`. The
+    bridge's noise is not added: see `LatentBridge.noised`.
 
     Args:
         denoiser: the model.
@@ -162,7 +163,7 @@ def encode_text(
             through all; `freeze_bridge` says which parameters do not.
 
     Raises:
-        ValueError: wrong shapes or values, or an epsilon process whose gain at `time` is above
+        ValueError: wrong shapes or values, or a prediction whose gain at `time` is above
             `max_gain`; the message lists the cures.
         RuntimeError: a `freeze_bridge` over reentrant activation checkpointing.
 
@@ -183,7 +184,7 @@ def encode_text(
     """
     latent_process.refuse_ill_conditioned(time)
     times = [time * (1 - k / bridge.steps) if k else time for k in range(bridge.steps)]
-    z_t = noise
+    z_t = None
     for k, now in enumerate(times):
         last = k == len(times) - 1
         with policy.bridge_pass(denoiser, last=last):
@@ -193,14 +194,14 @@ def encode_text(
                 attention_mask,
                 text_process=text_process,
                 latent_process=latent_process,
-                start="noise",
+                start="noise" if z_t is None else z_t,
                 time=now,
-                noise=z_t,
+                noise=noise if z_t is None else None,
                 generator=generator,
             )
             z_hat = bridge.thresholded(encoded.z_hat(latent_process))
             if policy.freeze_bridge:
-                refuse_reentrant([z_hat], bridge=z_t)
+                refuse_reentrant([z_hat], bridge=noise if z_t is None else z_t)
             if last:
                 z_hat = bridge.normed(z_hat)
             else:

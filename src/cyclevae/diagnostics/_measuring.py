@@ -11,6 +11,7 @@ from cyclevae._base import checks
 from cyclevae._base.types import Latents, Logits, Mask
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_logits
+from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
 
@@ -63,12 +64,21 @@ def check_pairs(tokens: Tensor, latents: Tensor, text_process: TextProcess) -> N
 
 
 def without_latent(
-    denoiser: Denoiser, noise: Latents, mask: Mask, text_process: TextProcess
+    denoiser: Denoiser,
+    noise: Latents,
+    mask: Mask,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
 ) -> Logits:
     """What the decoder says of a fully masked text where the latent is pure noise."""
     tokens, full = text_process.fully_masked(mask), checks.as_time("time", 1.0, noise)
     output = denoiser.denoise(
-        tokens, noise, text_time=full, latent_time=full, attention_mask=mask, need="logits"
+        tokens,
+        latent_process.started(noise, full),
+        text_time=full,
+        latent_time=full,
+        attention_mask=mask,
+        need="logits",
     )
     return need_logits(output, tokens, text_process.vocab_size)
 

@@ -175,7 +175,9 @@ def cheat_test(
             cycle=decoded(crossing),
             pairs=decoded(latents),
             shuffled=decoded(crossing.roll(1, 0)),
-            chance=accuracy(without_latent(denoiser, noise, mask, text_process), tokens, mask),
+            chance=accuracy(
+                without_latent(denoiser, noise, mask, text_process, latent_process), tokens, mask
+            ),
             treatments=tuple(treated()),
         )
 

@@ -95,7 +95,7 @@ def cycle_report(
     true = latent_health(latents, **target)
     generator = seeded(generator, latents)
     noise = draw_noise(len(latents), latent_process, at=latents, like=latents, generator=generator)
-    gain = _gain(latent_process, time)
+    gain = latent_process.gain(torch.tensor([time], dtype=torch.float64)).item()
     read: dict[str, Any] = {
         "text_process": text_process,
         "latent_process": replace(latent_process, max_gain=sys.float_info.max),
@@ -157,15 +157,3 @@ def _check_finite(logits: Logits) -> None:
             f"the decoder's logits must be finite, got NaN or infinity in {int(bad.sum())} of "
             f"{bad.numel()}; has training diverged?"
         )
-
-
-def _gain(latent_process: LatentProcess, time: Number) -> float:
-    """By how much reading the clean latent multiplies the error of the prediction."""
-    alpha, sigma = latent_process.alpha_sigma(torch.tensor([time], dtype=torch.float64))
-    match latent_process.prediction:
-        case "epsilon":
-            return (sigma / alpha).item()
-        case "v":
-            return sigma.item()
-        case _:
-            return 1.0

@@ -113,7 +113,7 @@ def text_probe(
         logits = {
             "right": l2t(denoiser, latents, mask, text_process=text_process),
             "shuffled": l2t(denoiser, latents.roll(1, 0), mask, text_process=text_process),
-            "empty": without_latent(denoiser, noise, mask, text_process),
+            "empty": without_latent(denoiser, noise, mask, text_process, latent_process),
         }
     nats = {
         name: text_loss(values, tokens, mask, reduction="none").sum(dim=1)

@@ -66,7 +66,7 @@ def cycle_text_loss(
         count: as `text_loss`.
 
     Raises:
-        ValueError: wrong shapes or values, or an epsilon process whose gain at `time` is above
+        ValueError: wrong shapes or values, or a prediction whose gain at `time` is above
             `max_gain`; the message lists the cures.
         RuntimeError: a policy that freezes, over reentrant activation checkpointing.
 

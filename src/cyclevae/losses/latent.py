@@ -124,10 +124,12 @@ def min_snr_weight(
 ) -> Time:
     """Weights `[b]` that count a squared error at most `gamma` times that of the clean latent.
 
-    With the signal-to-noise ratio `S`: `min(S, gamma)` for errors in the space of `x0`, which is
-    `min(S, gamma) / S` in that of `epsilon` and `min(S, gamma) / (S + 1)` in that of `v`. The
-    weighted loss is the same in each space. It weighs full noise with 0 in the space of `x0` and
-    of `v`: it suits base losses at random times, not a bridge that starts there.
+    With the signal-to-noise ratio `S`: `min(S, gamma)` for errors in the space of `x0`, and in
+    another `min(S, gamma) g^2` with the `LatentProcess.gain` g of reading `x0` off it: in that of
+    `epsilon` `min(S, gamma) / S`, in that of `v` `min(S, gamma) / (S + 1)` where the schedule
+    preserves variance. The weighted loss is the same in each space. Where `S` is 0 at full noise
+    it weighs it with 0 in the space of `x0` and of `v`: it suits base losses at random times, not
+    a bridge that starts there.
 
     Args:
         latent_process: the latent process.
@@ -149,13 +151,10 @@ def min_snr_weight(
     space = latent_process.prediction if space is None else space
     checks.check_choice("space", space, get_args(Prediction))
     snr = latent_process.snr(time)
-    match space:
-        case "x0":
-            return snr.clamp(max=gamma)
-        case "epsilon":  # so written that neither 0 nor infinity is divided by itself
-            return (gamma / snr).clamp(max=1)
-        case _:
-            return snr.clamp(max=gamma) / (snr + 1)
+    if space == "epsilon":  # so written that neither 0 nor infinity is divided by itself
+        return (gamma / snr).clamp(max=1)
+    gain = latent_process.gain(time, source=space)
+    return snr.clamp(max=gamma) * gain.square()
 
 
 def t2l_loss(
@@ -179,8 +178,9 @@ def t2l_loss(
     """Train the encoder on pairs: distance of its prediction, in its own prediction space.
 
     A squared error in the space of epsilon is `S` times, and in that of `v` `1 + S` times that in
-    the space of `x0`, where `S` is the signal-to-noise ratio: near full noise an error in epsilon
-    counts next to nothing.
+    the space of `x0`, where `S` is the signal-to-noise ratio and the schedule preserves variance
+    (`1 / g^2` times in any, with `LatentProcess.gain`): near full noise an error in epsilon counts
+    next to nothing.
 
     Args:
         denoiser: the model.

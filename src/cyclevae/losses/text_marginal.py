@@ -67,7 +67,8 @@ def text_marginal_loss(
         text_process: the text process.
         latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
         text_time: the rates, a number or `[b]`; stratified uniform if not given.
-        noise: the latents that the model sees; drawn with `generator` if not given.
+        noise: standard normal, of which the latents are made that the model sees, those of a start
+            from noise at time 1; drawn with `generator` if not given.
         generator: random state of the draws.
         reduction: `mean` over taught tokens, `sum`, `none` (`[b, s]`, 0 where nothing was masked)
             or `nats` (sum over tokens, mean over rows).
@@ -106,11 +107,12 @@ def text_marginal_loss(
     rate = checks.as_time("text_time", text_time, noise)
     noisy, masked = text_process.mask(ids, kept, rate, generator=generator)
     with detach() if relaxed else nullcontext():
+        full = torch.ones_like(rate)
         output = denoiser.denoise(
             noisy,
-            noise,
+            latent_process.started(noise, full),
             text_time=rate,
-            latent_time=torch.ones_like(rate),
+            latent_time=full,
             attention_mask=kept,
             need="logits",
         )

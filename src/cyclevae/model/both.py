@@ -52,8 +52,9 @@ def joint(
 ) -> Joint:
     """The unconditional mode: text masked at a random rate, latents at a random time.
 
-    A row without a text has it fully masked, a row without a latent has pure noise: the model then
-    learns from the part that is there, knowing nothing of the other.
+    A row without a text has it fully masked, a row without a latent has what the encoder starts
+    from at time 1, nothing but noise: the model then learns from the part that is there, knowing
+    nothing of the other.
 
     Args:
         denoiser: the model.
@@ -108,7 +109,7 @@ def joint(
     noisy_tokens, masked = text_process.mask(tokens, mask, text_time, generator=generator)
     z_t = latent_process.noised(latents, noise, latent_time)
     if has_latent is not None:
-        z_t = only_present(z_t, has_latent, noise)
+        z_t = only_present(z_t, has_latent, latent_process.started(noise, latent_time))
     output = denoiser.denoise(
         noisy_tokens,
         z_t,

@@ -68,7 +68,7 @@ class T2L(NamedTuple):
     Attributes:
         prediction: what the latent head returned, in the process's prediction type.
         z_t: the noised latents it saw.
-        noise: the noise in them.
+        noise: the standard normal noise that they were made with.
         time: their time `[b]`.
         stated_time: the time as it was given; a number is checked where tensors are not read.
     """
@@ -93,7 +93,7 @@ def t2l(
     text_process: TextProcess,
     latent_process: LatentProcess,
     latents: Latents | None = None,
-    start: Literal["noise"] | None = None,
+    start: Literal["noise"] | Latents | None = None,
     time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
@@ -107,9 +107,10 @@ def t2l(
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         latent_process: the latent process.
-        latents: clean latents to be noised to `time`; the pass then sees them, unless `time` is 1.
-        start: `"noise"` starts from pure noise at `time` and shows the model no latent; the other
-            way to say what the pass sees. One of `latents` and `start` is needed.
+        latents: clean latents to be noised to `time`; the pass then sees them, unless alpha is 0.
+        start: `"noise"` starts from pure noise at `time`, `sqrt(alpha^2 + sigma^2) noise`, the law
+            of `z_t` for latents of variance 1, and shows the model no latent; or the `z_t` itself,
+            as DDIM makes it on the way. One of `latents` and `start` is needed.
         time: a number or `[b]` in [0, 1].
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draw.
@@ -238,7 +239,7 @@ def _ask_t2l(
     text_process: TextProcess,
     latent_process: LatentProcess,
     latents: Latents | None,
-    start: Literal["noise"] | None,
+    start: Literal["noise"] | Latents | None,
     time: Number | Time,
     noise: Latents | None,
     generator: torch.Generator | None,
@@ -249,7 +250,7 @@ def _ask_t2l(
             "give either `latents` to be noised or start='noise', "
             f"got {'neither' if latents is None else 'both'}"
         )
-    if start is not None:
+    if start is not None and not isinstance(start, Tensor):
         checks.check_choice("start", start, ("noise",))
     checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
     mask = checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
@@ -258,14 +259,22 @@ def _ask_t2l(
         checks.check_rows("latents", latents, "tokens", tokens)
     stated_time = time
     time = checks.as_time("time", time, mask if latents is None else latents)
+    if isinstance(start, Tensor):
+        if noise is not None:
+            raise ValueError("`start` is a `z_t` as it is: give no `noise` beside it")
+        noise = start
     if noise is None:
         noise = draw_noise(
             len(tokens), latent_process, like=latents, generator=generator, at=tokens
         )
     else:
-        checks.check_latents("noise", noise, latent_process.shape)
-        checks.check_rows("noise", noise, "tokens", tokens)
-    z_t = noise if latents is None else latent_process.noised(latents, noise, time)
+        name = "noise" if start is not noise else "start"
+        checks.check_latents(name, noise, latent_process.shape)
+        checks.check_rows(name, noise, "tokens", tokens)
+    if latents is not None:
+        z_t = latent_process.noised(latents, noise, time)
+    else:
+        z_t = noise if start is noise else latent_process.started(noise, time)
     asked = {
         "tokens": text_process.pad(tokens, mask),
         "latents": z_t,

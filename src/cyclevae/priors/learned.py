@@ -16,7 +16,7 @@ from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar,
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
-from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.latent import LatentProcess, convert
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
 
@@ -80,9 +80,11 @@ def learned_prior(
         posterior_std: `s`, the fixed width of the posterior around `z`.
         boundaries: add the ends of the bound, so that in the mean over draws the value bounds the
             cross-entropy of `z_t` at the time `low`, `-E_q log p`, in nats (`likelihood`: but for
-            the error of its quadrature): `KL(q(z_high) || N(0, I))`, and
-            `D/2 log(2 pi e sigma_low^2)` unless the form is `score_difference`, which then is
-            `KL(q || p)` at that time. In fp32 they are right to 1e-7 nats per dimension.
+            the error of its quadrature): `KL(q(z_high) || p(z_high))` with the law of a start from
+            noise, `p(z_high) = N(0, (alpha^2 + sigma^2) I)`, which is `N(0, I)` where the schedule
+            preserves variance, and `D/2 log(2 pi e sigma_low^2)` unless the form is
+            `score_difference`, which then is `KL(q || p)` at that time. In fp32 they are right to
+            1e-7 nats per dimension.
         low: the lowest time.
         high: the highest time.
         time: a number or `[b * samples]`, as the weighting would draw them; drawn if not given.
@@ -210,14 +212,9 @@ def without_text(
 
 def noise_error(error: Latents, time: Time, latent_process: LatentProcess) -> Latents:
     """An error in the model's own prediction space, as an error of the noise it implies."""
-    alpha, sigma = (_wide(scale, error) for scale in latent_process.alpha_sigma(time))
-    match latent_process.prediction:
-        case "epsilon":
-            return error
-        case "x0":
-            return -alpha / sigma * error
-        case "v":
-            return alpha * error
+    # a conversion is linear, and errors are differences at one z_t
+    scales, nothing = latent_process.alpha_sigma(time), torch.zeros_like(error)
+    return convert(error, nothing, *scales, source=latent_process.prediction, target="epsilon")
 
 
 def _wide(scale: Time, like: Tensor) -> Tensor:

@@ -76,10 +76,11 @@ def boundary_terms(
     ends = torch.arange(first, last + 1, last - first, dtype=mean.dtype, device=mean.device)
     alpha, sigma = latent_process.alpha_sigma(_time_of(ends))
     variance = (alpha * posterior_std).square() + sigma.square()
-    left = (variance if kl else sigma.square())[1].log()
+    start = latent_process.start_variance(_time_of(ends))[1]
+    left = ((variance if kl else sigma.square())[1] / start).log()
     dimensions = math.prod(mean.shape[1:])
-    square = (alpha[1] * mean).square().flatten(1).sum(dim=1)
-    at_high = (square + dimensions * (variance[1] - 1 - left)) / 2
+    square = (alpha[1] * mean).square().flatten(1).sum(dim=1) / start
+    at_high = (square + dimensions * (variance[1] / start - 1 - left)) / 2
     if kl:
         return at_high
     return at_high + dimensions * (sigma[0].log() + math.log(2 * math.pi * math.e) / 2)

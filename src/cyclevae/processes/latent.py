@@ -12,6 +12,7 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, Number, Prediction, Time
+from cyclevae.processes.amplitudes import check_schedule, discrete_alpha_bar
 
 LatentSchedule = Literal["cosine", "linear", "sigmoid", "continuous_cosine"]
 AlphaSigma = Callable[[Time], tuple[Time, Time]]
@@ -21,6 +22,25 @@ def noise_latents(latents: Latents, noise: Latents, alpha: Time, sigma: Time) ->
     """Noise latents: `z_t = alpha z + sigma epsilon`."""
     alpha, sigma = _rowwise(latents, alpha, sigma)
     return alpha * latents + sigma * noise
+
+
+def coefficients(prediction: Prediction, alpha: Time, sigma: Time) -> tuple[Time, Time]:
+    """What a model predicts as `a x0 + b epsilon`: the pair `(a, b)`, `[b]` each.
+
+    Beside `z_t = alpha x0 + sigma epsilon` this is all that a conversion needs, in any schedule.
+
+    Examples:
+        >>> coefficients("v", torch.tensor([0.6]), torch.tensor([0.8]))
+        (tensor([-0.8000]), tensor([0.6000]))
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    match prediction:
+        case "epsilon":
+            return zero, one
+        case "x0":
+            return one, zero
+        case "v":
+            return -sigma, alpha
 
 
 def convert(
@@ -34,11 +54,17 @@ def convert(
 ) -> Latents:
     """Convert a prediction between `epsilon`, `x0` and `v = alpha epsilon - sigma x0`.
 
+    A prediction `p = a x0 + b epsilon` and `z_t = alpha x0 + sigma epsilon` are two equations in x0
+    and epsilon, whose solution gives every other one, in any schedule: with `D = alpha b - sigma a`
+    and the coefficients `a'`, `b'` of the target,
+    `p' = ((a' b - b' a) z_t + (alpha b' - sigma a') p) / D`.
+
     Computed in fp32 or better: in bf16 at full noise a perfect epsilon decodes to an error of 15.
     At `alpha = 0`, epsilon says nothing of x0, and at `sigma = 0`, x0 nothing of epsilon: these
     conversions divide by zero.
 
-    Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
+    Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D, where
+    `alpha^2 + sigma^2 = 1`.
 
     Examples:
         >>> z_t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]])
@@ -52,20 +78,17 @@ def convert(
     value, z_t = fp32(value), fp32(z_t)
     if source == target:
         return value
-    alpha, sigma = _rowwise(value, alpha, sigma)
-    match source, target:
-        case "epsilon", "x0":
-            return (z_t - sigma * value) / alpha
-        case "epsilon", "v":
-            return (value - sigma * z_t) / alpha
-        case "x0", "epsilon":
-            return (z_t - alpha * value) / sigma
-        case "x0", "v":
-            return (alpha * z_t - value) / sigma
-        case "v", "x0":
-            return alpha * z_t - sigma * value
-        case _:
-            return sigma * z_t + alpha * value
+    known, wanted, pivot = _solve(source, target, fp32(alpha), fp32(sigma))
+    known, wanted, pivot = _rowwise(value, known, wanted, pivot)
+    return (known * z_t + wanted * value) / pivot
+
+
+def _solve(
+    source: Prediction, target: Prediction, alpha: Time, sigma: Time
+) -> tuple[Time, Time, Time]:
+    """What multiplies `z_t` and a prediction in another prediction, and what divides both."""
+    (a, b), (to_a, to_b) = (coefficients(name, alpha, sigma) for name in (source, target))
+    return to_a * b - to_b * a, alpha * to_b - sigma * to_a, alpha * b - sigma * a
 
 
 def direction(latents: Latents) -> Latents:
@@ -81,25 +104,27 @@ def direction(latents: Latents) -> Latents:
 
 @dataclass(frozen=True)
 class LatentProcess:
-    """The variance-preserving latent process: a noise schedule and what the model predicts.
+    """The latent process `z_t = alpha z + sigma epsilon`: a schedule and what the model predicts.
 
-    The discretised schedules have 1000 steps, and time `t` in [0, 1] means step `floor(999 t)`:
-    `cosine` (Nichol and Dhariwal, https://arxiv.org/abs/2102.09672, betas clipped to
-    [1e-4, 0.9999]), `linear` and `sigmoid` (betas from 1e-4 to 0.02). `continuous_cosine` is
-    `alpha = cos(pi t / 2)`, exactly 0 at full noise. A callable `t -> (alpha, sigma)` brings a
-    schedule of one's own.
+    The schedules with a name preserve variance, `alpha^2 + sigma^2 = 1`. The discretised ones have
+    1000 steps, and time `t` in [0, 1] means step `floor(999 t)`: `cosine` (Nichol and Dhariwal,
+    https://arxiv.org/abs/2102.09672, betas clipped to [1e-4, 0.9999]), `linear` and `sigmoid`
+    (betas from 1e-4 to 0.02). `continuous_cosine` is `alpha = cos(pi t / 2)`, exactly 0 at full
+    noise. A callable `t -> (alpha, sigma)` brings a schedule of one's own, variance preserving or
+    not: the straight path of flow matching is `lambda t: (1 - t, t)`.
 
     Attributes:
         schedule: the noise schedule.
         prediction: what the latent head predicts.
-        max_gain: refuse to read a clean latent off an epsilon prediction where `sigma / alpha`,
-            which multiplies the prediction's error, is above this; likewise an epsilon off an x0
-            prediction where `alpha / sigma` is.
+        max_gain: refuse to read a clean latent off a prediction where `gain`, which multiplies the
+            prediction's error, is above this; likewise any other prediction.
         shape: of one latent, `(d,)` or `(n, d)`; needed only where noise must be drawn and the
             batch holds no latents.
 
     Raises:
-        ValueError: an unknown schedule or prediction, or a bad `max_gain`.
+        TypeError: a schedule that does not return two tensors.
+        ValueError: an unknown schedule or prediction, a bad `max_gain`, or a schedule whose
+            signal-to-noise ratio rises with time, as where time 0 is full noise.
 
     Examples:
         >>> import torch
@@ -117,7 +142,7 @@ class LatentProcess:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.schedule, str):
+        if not callable(self.schedule):
             checks.check_choice("schedule", self.schedule, get_args(LatentSchedule))
         checks.check_choice("prediction", self.prediction, get_args(Prediction))
         checks.check_positive("max_gain", self.max_gain)
@@ -126,18 +151,9 @@ class LatentProcess:
             if len(shape) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in shape):
                 raise ValueError(f"`shape` must be (d,) or (n, d), got {self.shape!r}")
             object.__setattr__(self, "shape", shape)
-        if callable(self.schedule):
-            alpha, sigma = self.schedule(torch.linspace(0, 1, 5))
-            if self.prediction == "v" and not torch.allclose(
-                alpha**2 + sigma**2, torch.ones(5), atol=1e-3
-            ):
-                raise ValueError(
-                    "a `v` prediction needs a variance preserving `schedule`: alpha^2 + sigma^2 "
-                    f"must be 1, got {(alpha**2 + sigma**2).tolist()} at times 0, 1/4, ..., 1; "
-                    "predict `x0` or `epsilon`"
-                )
-        elif self.schedule != "continuous_cosine":
-            self.alpha_sigma(torch.zeros(1, device="cpu"))  # so that no table is made while tracing
+        # also makes the table of a discretised schedule, so that none is made while tracing
+        grid = torch.linspace(0, 1, 101, device="cpu")
+        check_schedule(grid, *self.alpha_sigma(grid))
 
     def alpha_sigma(self, time: Time) -> tuple[Time, Time]:
         """Signal and noise amplitudes at a time, `[b]` each, fp32 or better.
@@ -153,21 +169,64 @@ class LatentProcess:
             return torch.sin(quarter * (1 - time)), torch.sin(quarter * time)
         key = time.device, time.dtype
         if key not in self._tables:  # float64 ends on the CPU: some devices have none
-            alpha_bar = _discrete_alpha_bar(self.schedule)
+            alpha_bar = discrete_alpha_bar(self.schedule)
             table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
             self._tables[key] = table.to(time.dtype).to(time.device)
         alpha, sigma = self._tables[key][:, (time * 999).long()]
         return alpha, sigma
 
-    def gain(self, time: Time) -> Time:
-        """`sigma / alpha` `[b]`, by which x0-from-epsilon multiplies the prediction's error."""
+    def gain(
+        self, time: Time, *, source: Prediction | None = None, space: Prediction = "x0"
+    ) -> Time:
+        """`[b]`, by which the error of a prediction is multiplied where another is read off it.
+
+        `|alpha b' - sigma a'| / |alpha b - sigma a|`, with the coefficients `(a, b)` of the source
+        and `(a', b')` of what is read. Of the clean latent: `sigma / alpha` off epsilon,
+        `sigma / (alpha^2 + sigma^2)` off v.
+
+        Args:
+            time: `[b]`.
+            source: what is predicted; what the model predicts if not given.
+            space: what is read off it.
+        """
+        source = self.prediction if source is None else source
         alpha, sigma = self.alpha_sigma(time)
-        return sigma / alpha
+        if source == space:
+            return torch.ones_like(alpha)
+        _, factor, pivot = _solve(source, space, alpha, sigma)
+        return (factor / pivot).abs()
 
     def snr(self, time: Time) -> Time:
         """The signal-to-noise ratio `S = alpha^2 / sigma^2` `[b]`; infinite without noise."""
         alpha, sigma = self.alpha_sigma(time)
         return (alpha / sigma).square()
+
+    def start_variance(self, time: Time) -> Time:
+        """Of `z_t` `[b]`, for latents of variance 1: `alpha^2 + sigma^2`."""
+        alpha, sigma = self.alpha_sigma(time)
+        variance = alpha.square() + sigma.square()
+        # what preserves variance does so but for rounding, which is to change no noise
+        return torch.where((variance - 1).abs() < 1e-5, 1.0, variance)
+
+    def started(self, noise: Latents, time: Time) -> Latents:
+        """Where the encoder starts if it is shown no latent: `sqrt(alpha^2 + sigma^2) noise`.
+
+        The law of `z_t` for latents of mean 0 and variance 1, in the dtype of the noise: that of
+        the noise itself where the schedule preserves variance.
+
+        Examples:
+            >>> process = LatentProcess(lambda t: (torch.ones_like(t), 80 * t), prediction="x0")
+            >>> process.started(torch.ones(1, 2), torch.ones(1))
+            tensor([[80.0062, 80.0062]])
+        """
+        (scale,) = _rowwise(noise, self.start_variance(time).sqrt())
+        return (scale * noise).to(noise.dtype)
+
+    def noise_in(self, z_t: Latents, latents: Latents, time: Time) -> Latents:
+        """The noise that is in `z_t` if these are the latents: `(z_t - alpha z) / sigma`."""
+        checks.check_same_shape("z_t", z_t, "latents", latents)
+        alpha, sigma = _rowwise(z_t, *self.alpha_sigma(time))
+        return (fp32(z_t) - alpha * latents) / sigma
 
     def noised(self, latents: Latents, noise: Latents, time: Time) -> Latents:
         """Latents at a time, in their own dtype."""
@@ -179,20 +238,22 @@ class LatentProcess:
     ) -> Latents:
         """What the model should predict, or the same in another `space`; fp32 or better."""
         checks.check_same_shape("noise", noise, "latents", latents)
-        match space or self.prediction:
+        space = self.prediction if space is None else space
+        checks.check_choice("space", space, get_args(Prediction))
+        match space:
             case "epsilon":
                 return fp32(noise)
             case "x0":
                 return fp32(latents)
-            case "v":
-                alpha, sigma = _rowwise(latents, *self.alpha_sigma(time))
-                return alpha * noise - sigma * latents
+            case _:
+                a, b = _rowwise(latents, *coefficients(space, *self.alpha_sigma(time)))
+                return a * latents + b * noise
 
     def to_x0(self, prediction: Latents, z_t: Latents, time: Time) -> Latents:
         """The clean latents a prediction means, in the dtype of `z_t`.
 
         Raises:
-            ValueError: an epsilon prediction where `gain` is above `max_gain`.
+            ValueError: a prediction whose `gain` is above `max_gain`.
 
         Examples:
             >>> process, time = LatentProcess(prediction="v"), torch.tensor([0.5])
@@ -250,7 +311,7 @@ class LatentProcess:
         Raises:
             ValueError: the gain is above `max_gain`; the message lists the cures.
         """
-        if self.prediction in ("v", space) or torch.compiler.is_compiling():
+        if self.prediction == space or torch.compiler.is_compiling():
             return
         if not isinstance(time, Tensor):
             time = torch.tensor([time], dtype=torch.float64)
@@ -258,17 +319,18 @@ class LatentProcess:
             return
         if not len(time):
             return
-        gains = self.gain(time) if self.prediction == "epsilon" else 1 / self.gain(time)
+        gains = self.gain(time, space=space)
         row = int(gains.argmax())
         gain = gains[row].item()
         if gain <= self.max_gain:
             return
+        article = "a" if self.prediction == "v" else "an"
         problem = (
-            f"an {self.prediction} prediction at time {time[row].item():g} has a gain of "
+            f"{article} {self.prediction} prediction at time {time[row].item():g} has a gain of "
             f"{gain:.4g}, above max_gain = {self.max_gain:g}: its error would be multiplied by "
             "that much"
         )
-        if self.prediction == "x0":
+        if self.snr(time[row : row + 1]).item() > 1:
             raise ValueError(
                 f"{problem} in the space of {space!r}. Ways out: compute the loss in the space of "
                 "the prediction, or at higher times, such as those of TimePolicy('uniform', "
@@ -283,21 +345,6 @@ class LatentProcess:
         )
 
 
-def _discrete_alpha_bar(schedule: str, steps: int = 1000) -> Tensor:
-    low, high = 1e-4, 0.02
-    match schedule:
-        case "cosine":
-            grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
-            alpha_bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2).square()
-            betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(1e-4, 0.9999)
-        case "linear":
-            betas = torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")
-        case _:
-            logistic = torch.linspace(-6, 6, steps, dtype=torch.float64, device="cpu").sigmoid()
-            betas = logistic * (high - low) + low
-    return torch.cumprod(1 - betas, dim=0)
-
-
 def _rowwise(like: Tensor, *scales: Tensor) -> Iterable[Tensor]:
     shape = (-1,) + (1,) * (like.ndim - 1)
-    return (scale.view(shape) for scale in scales)
+    return (scale.reshape(shape) for scale in scales)

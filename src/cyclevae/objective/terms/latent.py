@@ -128,7 +128,10 @@ class Latent(Term):
         }
         (asked,) = self.passes(step.number)
         if isinstance(asked, Encode):
-            error = encoded_loss(step.encoded(asked), latents, **options)
+            encoded = step.encoded(asked)
+            # shown no latent: the noise in z_t is what makes it that of these latents
+            noise = step.latent_process.noise_in(encoded.z_t, latents, encoded.time)
+            error = encoded_loss(encoded._replace(noise=noise), latents, **options)
         else:
             tokens, mask = step.rows.need_texts().first(pairs)
             error = t2l_loss(
