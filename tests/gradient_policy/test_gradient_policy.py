@@ -658,6 +658,37 @@ def test_losses_refuse_reentrant_checkpointing_in_the_pass_that_they_freeze(
         loss()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("head", ["text_head", "latent_head"])
+def test_zeroing_refuses_reentrant_checkpointing_as_frozen_passes_do(head, values):
+    """Run again, the pass is guarded no more, and its gradients are NaN."""
+    torch.manual_seed(0)
+    denoiser, (_, text, latent) = cv.as_denoiser(Checkpointed(head)), toy_denoiser()
+    objective = cv.CycleObjective(text, latent, non_finite="zero")
+    refused = pytest.raises(RuntimeError, match="use_reentrant=False")
+    with cv.check_values(values), refused:
+        objective(denoiser, toy_batch(), step=0)
+    assert all(isinstance(p, nn.Parameter) for p in denoiser.module.parameters())
+
+
+@pytest.mark.parametrize("name", ["CheckpointFunction", "UnslothCheckpointer", "MyCheckpointing"])
+def test_checkpointing_of_other_libraries_is_refused(name):
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    Again.__name__ = name
+    function = type(name, (Again,), {})
+    with pytest.raises(RuntimeError, match="reentrant"):
+        refuse_reentrant([function.apply(torch.ones(1, requires_grad=True))])
+
+
 def python_alias(model, x):
     return nn.functional.linear(x, model.alias[0])
 

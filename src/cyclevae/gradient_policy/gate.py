@@ -237,10 +237,11 @@ def refuse_reentrant(outputs: Iterable[Tensor], *, bridge: Tensor | None = None)
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "CheckpointFunction" in node.name():
+        if "Checkpoint" in node.name():  # torch's, DeepSpeed's, Megatron's, Unsloth's
             raise RuntimeError(
-                "reentrant activation checkpointing was found in the graph; it would leak gradient "
-                "into frozen parameters: use checkpoint(..., use_reentrant=False), or "
+                "reentrant activation checkpointing was found in the graph; it runs a pass again "
+                "in the backward, where nothing is frozen: use checkpoint(..., "
+                "use_reentrant=False), or "
                 "gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face models."
             )
         pending += [parent for parent, _ in node.next_functions]

@@ -24,6 +24,7 @@ from cyclevae.processes.text import TextProcess
 from cyclevae.scale.non_finite import (
     Guarded,
     NonFinite,
+    Scale,
     Verdict,
     finite_terms,
     refuse_compiling,
@@ -209,9 +210,10 @@ class CycleObjective:
         """
         refuse_compiling(self.non_finite)
         verdicts: dict[str, Verdict] = {}
+        scale = Scale()
         if self.non_finite == "zero":
-            denoiser = Guarded(denoiser)
-            verdicts = {term.name: Verdict() for term in self._terms()}
+            denoiser = Guarded(denoiser, scale)
+            verdicts = {term.name: Verdict(scale) for term in self._terms()}
         run = self._step(denoiser, batch, step, generator, counts, teacher, verdicts)
         terms, skip = self._weighted(run), None
         if self.non_finite is not None:
@@ -225,6 +227,8 @@ class CycleObjective:
                 case "zero":
                     terms = zero_terms(terms, finite, verdicts)
         loss = torch.stack(list(terms.values())).sum()
+        if self.non_finite == "zero":
+            loss = scale.of(loss)
         for name, weight, _ in run.plan.terms:
             run.metrics[f"{name}_weight"] = _number(weight, loss)
         metrics = {
