@@ -8,7 +8,7 @@ import yaml
 from cyclevae.adapters.latentdlm.config import LossKeys
 
 ROOT = Path(__file__).parents[2]
-RECOMMENDED = {"base_loss", "cycle_warmup_steps", "cycle_ramp_steps", "prior_options"}
+RECOMMENDED = {"base_loss", "cycle_warmup_steps", "cycle_ramp_steps"}
 
 
 def test_the_yaml_holds_every_key_with_its_default():
@@ -16,7 +16,7 @@ def test_the_yaml_holds_every_key_with_its_default():
     config = yaml.safe_load(text)
     loss = config["loss"]
     assert loss.pop("loss_type") == "cycle_vae"
-    assert config["latent_parameterization"] == "v_param"
+    assert config["latent_parameterization"] == "x0"
     keys, default = LossKeys.read(loss), LossKeys()
     names = [f.name for f in fields(LossKeys)]
     assert set(loss) == set(names)

@@ -3,6 +3,7 @@
 Reference: https://github.com/Joshua-Zhang-Jiaquan/LGDLM.
 """
 
+from cyclevae.adapters.latentdlm.checkpoints import load_weights as load_weights
 from cyclevae.adapters.latentdlm.checkpoints import resume as resume
 from cyclevae.adapters.latentdlm.data import Marked as Marked
 from cyclevae.adapters.latentdlm.data import collate_marks as collate_marks

@@ -1,16 +1,20 @@
 """The keys under `loss:` that the adapter reads, and the objective they mean."""
 
+import copy
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from cyclevae._base import checks
 from cyclevae._base.types import Number
-from cyclevae.adapters.latentdlm.host import latent_process_of, text_process_of
+from cyclevae.adapters.latentdlm.checkpoints import load_into, read_checkpoint
+from cyclevae.adapters.latentdlm.host import HostDenoiser, latent_process_of, text_process_of
+from cyclevae.adapters.latentdlm.runs import check_process
+from cyclevae.adapters.latentdlm.words import host_words
 from cyclevae.gradient_policy.presets import LATENT_POLICIES, TEXT_POLICIES
 from cyclevae.objective.config import parse
 from cyclevae.objective.objective import CycleObjective
@@ -21,18 +25,12 @@ from cyclevae.processes.schedules import Ramp, ramp, take_turns
 from cyclevae.processes.text import TaughtPadding
 from cyclevae.processes.times import TimePolicy
 
-MODES = ("unconditional", "l2t", "t2l", "random", "sequential")  # the host's own
-CYCLE = "cycle_vae"
 _HOSTS_OWN = ("loss_type", "loss_scale", "reduction", "use_cross_entropy", "text_kl_weight")
 _IDS = ("argmax", "categorical", "unmask", "rloo")
 _PADDING: dict[str, TaughtPadding] = {"host": "all", "first": "first", "exclude": "none"}
 _SIGNAL = 0.5  # of a latent's amplitude, above which pure noise does not pass for a noised latent
 _OPEN = ("full", "alternating")  # policies whose gradients cross the bridge
-_RENAMED = {  # paths in errors of the library, as keys of the host
-    r"terms\.\w+\.bridge\.": "loss.cycle_bridge_",
-    r"terms\.(cycle_\w+)(\.policy|(?=`))": r"loss.\1_policy",
-    r"terms`: prior: prior='\w+'": "loss.prior_options`",
-}
+_OF_ROWS = ("learned", "ddvi")  # priors that read a teacher
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class LossKeys:
     text_loss_padding: Literal["host", "first", "exclude"] = "host"
     text_t_mode: Literal["full", "random"] = "full"
     latent_t_mode: Literal["full", "random"] = "full"
+    cycle_start_step: int = 0
     cycle_warmup_steps: int = 0
     cycle_ramp_steps: int = 0
     cycle_text_weight: Number = 1.0
@@ -73,13 +72,16 @@ class LossKeys:
     cycle_p_dual: Number = 1.0
     cycle_checkpoint_passes: bool = False
     cycle_non_finite: str | None = "zero"
+    cycle_dead_steps: int = 20
     cycle_seed: int = 0
     prior_weight: Number = 0.0
     prior_warmup_steps: int | None = None
     prior_ramp_steps: int | None = None
-    prior_name: Literal["moment", "mmd", "sigreg"] = "mmd"
+    prior_name: Literal["moment", "mmd", "sigreg", "learned", "ddvi"] = "mmd"
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     prior_pool: bool = False
+    prior_teacher: str | None = None
+    prior_sleep_weight: Number = 0.0
 
     def __post_init__(self) -> None:
         if self.cycle_latent_sampling not in _IDS:
@@ -96,14 +98,16 @@ class LossKeys:
             key, value = f"loss.{option.name}", getattr(self, option.name)
             if key.endswith("_weight"):
                 checks.check_nonnegative(key, value)
-            elif key.endswith(("_warmup_steps", "_ramp_steps")) and value is not None:
+            elif key.endswith(("_warmup_steps", "_ramp_steps", "start_step")) and value is not None:
                 checks.check_count(key, value, least=0)
         checks.check_positive("loss.cycle_max_gain", self.cycle_max_gain)
         checks.check_count("loss.cycle_every", self.cycle_every)
+        checks.check_count("loss.cycle_dead_steps", self.cycle_dead_steps)
         checks.check_share("loss.cycle_fraction", self.cycle_fraction, above_zero=True)
         checks.check_share("loss.cycle_p_dual", self.cycle_p_dual)
         object.__setattr__(self, "prior_options", self._parsed_prior_options())
         self._check_policies()
+        self._check_teacher()
 
     def _parsed_prior_options(self) -> dict[str, Any]:
         known, parsed = Prior.options_beside({"prior": self.prior_name}), {}
@@ -126,6 +130,23 @@ class LossKeys:
                 f"{sampling!r}: `rloo` is the one sampling with a gradient, and goes with the "
                 "policies `full` and `alternating` alone"
             )
+
+    def _check_teacher(self) -> None:
+        if self._reads_teacher and self.prior_teacher is None:
+            raise ValueError(
+                f"`loss.prior_name` is {self.prior_name!r}, which reads a frozen model of latents: "
+                "set `loss.prior_teacher` to a checkpoint.pt of a run with `loss_type: "
+                "unconditional`"
+            )
+        if self.prior_pool and self.prior_name in _OF_ROWS and self.prior_weight:
+            raise ValueError(
+                f"`loss.prior_pool` has no effect on the prior {self.prior_name!r}, a mean over "
+                "rows: leave it out"
+            )
+
+    @property
+    def _reads_teacher(self) -> bool:
+        return self.prior_weight > 0 and self.prior_name in _OF_ROWS
 
     @classmethod
     def read(cls, loss: Mapping[str, Any]) -> "LossKeys":
@@ -157,8 +178,37 @@ class LossKeys:
             names += ["cycle_latent_t_min", "cycle_latent_t_max"]
         if self.cycle_text_policy is not None:
             names += ["cycle_stop_grad_latent"]
-        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
-        return [name for name in names if getattr(self, name) != defaults[name]]
+        if self.prior_weight == 0:
+            names += ["prior_name", "prior_options", "prior_pool"]
+            names += ["prior_warmup_steps", "prior_ramp_steps"] * (not self.prior_sleep_weight)
+        if not self._reads_teacher:
+            names += ["prior_teacher"]
+        given = self.given()
+        return [name for name in names if name in given]
+
+    def given(self) -> list[str]:
+        """The keys of ours whose value is not the default."""
+        default = LossKeys()
+        names = [
+            f.name for f in fields(self) if f.name not in ("text_loss_weight", "latent_loss_weight")
+        ]
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
+    def teacher(self, trainer: Any) -> HostDenoiser | None:
+        """The frozen model that a learned prior reads, by the weights of another run.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: one of another model, or of another latent process.
+        """
+        if not self._reads_teacher or self.prior_teacher is None:
+            return None
+        path = Path(self.prior_teacher)
+        model = copy.deepcopy(trainer.model)
+        saved = read_checkpoint(path)["model_state_dict"]
+        check_process(path, saved, trainer, "`loss.prior_teacher`", ", or take another teacher")
+        load_into(model, saved, path)
+        return HostDenoiser(model.requires_grad_(False).eval())
 
     def objective(self, trainer: Any) -> CycleObjective:
         """The objective of a trainer.
@@ -179,10 +229,8 @@ class LossKeys:
             "non_finite": self.cycle_non_finite,
             "seed": self.cycle_seed,
         }
-        try:
+        with host_words():
             return CycleObjective.from_config(config)
-        except ValueError as error:
-            raise ValueError(_with_keys_of_the_host(str(error))) from error
 
     def _terms(self, trainer: Any, time: Number | TimePolicy) -> dict[str, dict[str, Any]]:
         """The options of each term, in the order of their draws."""
@@ -198,12 +246,12 @@ class LossKeys:
             "norm": self.cycle_bridge_norm,
             "threshold": self.cycle_bridge_threshold,
         }
-        cycle = {
-            "time": time,
+        without_time = {
             "every": self.cycle_every,
             "fraction": self.cycle_fraction,
             "pairs": self.cycle_pairs,
         }
+        cycle = {"time": time, **without_time}
         return {
             "text": {
                 "weight": self.text_loss_weight,
@@ -238,9 +286,10 @@ class LossKeys:
                 "bridge": guards,
                 "time": time,
                 # through all passes only where the text cycle pays for that anyway
-                "through": "full" if opens in _OPEN else "last",
+                **({"through": "full"} if opens in _OPEN and self.prior_name != "ddvi" else {}),
                 **self.prior_options,
             },
+            "sleep": {"weight": self._ramp("prior_sleep", "prior"), **without_time},
             "unconditional": {"weight": self.unconditional_loss_weight},
         }
 
@@ -258,12 +307,13 @@ class LossKeys:
             *weights, together=self.cycle_p_dual, every=self.cycle_every, seed=self.cycle_seed
         )
 
-    def _ramp(self, term: str) -> Number | Ramp:
+    def _ramp(self, term: str, like: str | None = None) -> Number | Ramp:
         weight: Number = getattr(self, f"{term}_weight")
         steps = []
         for part in ("warmup_steps", "ramp_steps"):
-            own = getattr(self, f"{term}_{part}")
+            own = getattr(self, f"{like or term}_{part}")
             steps.append(getattr(self, f"cycle_{part}") if own is None else own)
+        steps[0] += self.cycle_start_step
         return ramp(weight, *steps) if weight and any(steps) else weight
 
     def _bridge_time(self, process: LatentProcess) -> Number | TimePolicy:
@@ -295,36 +345,14 @@ _EPSILON = (
     "the host's latent_parameterization is epsilon, and bridges start at time {time:g}, where "
     "reading a latent off it multiplies its error by {gain:.4g}, above loss.cycle_max_gain = "
     "{max_gain:g}: losses would look healthy while the latents carry nothing. Ways out:\n"
-    "  latent_parameterization: v_param   at the root of the config, where the host reads it "
-    "(recommended; x0 does too; retrain the latent head)\n"
+    "  latent_parameterization: x0   at the root of the config, where the host reads it "
+    "(recommended: the host's samplers take the prediction for the latent; v_param trains as well, "
+    "and its latents come out negated there. Retrain the latent head)\n"
     "  loss.latent_t_mode: random, loss.cycle_latent_t_max: 0.9, loss.cycle_bridge_steps: 4   "
     "keeps epsilon; base T2L must be trained at all times\n"
     "  loss.cycle_text_weight: 0, loss.cycle_latent_weight: 0, loss.prior_weight: 0   the base "
     "losses alone"
 )
-
-
-def check_loss_type(config: Any) -> str:
-    """The mode of a run.
-
-    Raises:
-        ValueError: a mode that the host would take for `unconditional` in silence, or one that
-            `training.loss_type` contradicts.
-    """
-    mode = str(getattr(config.loss, "loss_type", None))
-    known = (*MODES, CYCLE)
-    if mode not in known:
-        raise ValueError(
-            f"`loss.loss_type` is {mode!r}, for which the host trains 'unconditional' without a "
-            f"word; {checks.nearest(mode, known)}"
-        )
-    other = getattr(getattr(config, "training", None), "loss_type", None)
-    if other is not None and other != mode:
-        raise ValueError(
-            f"`training.loss_type` is {other!r} and `loss.loss_type` is {mode!r}, which is the one "
-            "that counts: make them equal, or remove the first"
-        )
-    return mode
 
 
 def is_stable(trainer: Any) -> bool:
@@ -341,11 +369,3 @@ def _looks_like(name: str, known: Iterable[str]) -> bool:
 def _base_time(mode: str, margin: Number = 0.0) -> Number | TimePolicy:
     """The times of a base loss."""
     return 1.0 if mode == "full" else TimePolicy("uniform", low=margin, high=1 - margin)
-
-
-def _with_keys_of_the_host(message: str) -> str:
-    """An error of the library that names keys under `loss:` in place of its own options."""
-    message = re.sub(r"`(terms[\w.]*)`: `(\w+)`", r"`\1.\2`", message)
-    for path, key in _RENAMED.items():
-        message = re.sub(rf"`{path}", f"`{key}", message)
-    return message

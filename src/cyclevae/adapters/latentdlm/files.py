@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cyclevae.adapters.latentdlm.check import check
 from cyclevae.adapters.latentdlm.checkpoints import read_checkpoint
+from cyclevae.adapters.latentdlm.runs import find_config, load_config
 from cyclevae.processes.text import TextProcess
 
 PACKAGE = "latentDLM_mmdit"
@@ -41,8 +42,8 @@ def check_checkpoint(
         ValueError: files that do not fit.
     """
     saved = read_checkpoint(path)["model_state_dict"]
-    where = config or _find_config(path)
-    settings = _load(where)
+    where = config or find_config(path)
+    settings = load_config(where)
     model, diffusion = _build(saved, settings, where)
     batch = _read_pairs(*_folders(settings, data), rows=rows, seed=seed)
     wide: Any = model
@@ -60,36 +61,6 @@ def check_checkpoint(
             f"`latent_parameterization` at the root counts, and means {diffusion.parameterization}"
         )
     return "\n".join([*lines, str(report)])
-
-
-def _find_config(path: Path) -> Path:
-    folder = (path if path.is_dir() else path.parent).absolute()
-    places = [folder / "config.yaml"]
-    places += [f / ".hydra" / "config.yaml" for f in (folder, *folder.parents[:2])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(
-        f"no config of the run: the host saves none with {path}, and none of "
-        f"{', '.join(map(str, places))} is there; give --config, such as the .hydra/config.yaml "
-        "that Hydra wrote to `hydra.run.dir`"
-    )
-
-
-def _load(path: Path) -> Any:
-    try:
-        omegaconf: Any = importlib.import_module("omegaconf")
-    except ImportError as error:
-        raise ImportError("the host's config needs omegaconf: pip install omegaconf") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a config at {path}")
-    try:
-        config = omegaconf.OmegaConf.load(path)
-    except Exception as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if "model" not in config:
-        raise ValueError(f"{path} has no `model`: give the config of the run, whole")
-    return config
 
 
 def _build(saved: Mapping[str, Tensor], config: Any, where: Path) -> tuple[nn.Module, Any]:

@@ -2,15 +2,27 @@
 
 import logging
 from collections.abc import ItemsView, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cyclevae.adapters.latentdlm.config import CYCLE, LossKeys, check_loss_type
+from cyclevae.adapters.latentdlm.config import LossKeys
 from cyclevae.adapters.latentdlm.host import HostDenoiser, this_rank
+from cyclevae.adapters.latentdlm.modes import (
+    CYCLE,
+    check_loss_type,
+    check_mode,
+    cycles_before,
+    phases_of,
+    runs_cycles,
+)
+from cyclevae.adapters.latentdlm.runs import NOTE, note_of
+from cyclevae.adapters.latentdlm.watch import Watch, refuse_dead
+from cyclevae.adapters.latentdlm.words import host_words
 from cyclevae.objective.batch import Batch
+from cyclevae.objective.objective import CycleObjective
 from cyclevae.objective.output import StepOutput
 from cyclevae.objective.term import Term, UnpairedTerm, Weight
 from cyclevae.processes.schedules import Turn
@@ -18,7 +30,15 @@ from cyclevae.scale.checkpointing import checkpoint_passes
 
 _log = logging.getLogger("cyclevae")
 _CONTRACT = ("model", "tokenizer", "text_noise_schedule", "latent_diffusion", "config", "dtype")
-_ORDER = ("text", "latent", "unconditional", "cycle_text", "cycle_latent", "prior")  # in the log
+_ORDER = (
+    "text",
+    "latent",
+    "unconditional",
+    "cycle_text",
+    "cycle_latent",
+    "prior",
+    "sleep",
+)  # in the log
 
 
 def with_cycle(trainer: nn.Module) -> "CycleTrainer":
@@ -64,41 +84,55 @@ class CycleTrainer(nn.Module):
     """What `with_cycle` returns; called, saved and loaded as the host's trainer is.
 
     Parameters and `state_dict` are those of the host's trainer, which `host` is; its attributes can
-    be read here too. In a `cycle_vae` step every parameter is trainable, as the host makes it at
-    the start of each step of its own.
+    be read here too, and `loss_type`, `current_step` and `current_epoch` set. In a `cycle_vae` step
+    every parameter is trainable, as the host makes it at the start of each step of its own.
     """
 
     def __init__(self, host: Any) -> None:
         super().__init__()
         self.__dict__["host"] = host  # not a submodule: names in the state_dict stay the host's
-        self.model = host.model
-        self.text_noise_schedule = host.text_noise_schedule
+        nn.Module.__setattr__(self, "model", host.model)
+        nn.Module.__setattr__(self, "text_noise_schedule", host.text_noise_schedule)
+        self._objective: CycleObjective | None = None
+        self._random: Tensor | None = None
+        self.evaluated = False  # before a checkpoint that was resumed: see `forward`
         self.train(host.training)
-        mode = check_loss_type(host.config)
-        keys = LossKeys.read(host.config.loss)
-        self._objective = None
-        if mode != CYCLE:
-            ours = [f.name for f in fields(LossKeys) if f.name in host.config.loss]
-            ours = [n for n in ours if n.startswith(("cycle_", "prior_"))]
-            if ours:
-                _log.info("cyclevae: loss_type %s does not use %s", mode, ", ".join(ours))
+        self._begin(check_loss_type(host.config))
+
+    def _begin(self, mode: str) -> None:
+        """Read the config for a mode."""
+        config = self.host.config
+        keys = LossKeys.read(config.loss)
+        self._phases = phases_of(config) if mode == "sequential" else []
+        if not runs_cycles(mode, self._phases):
+            if unread := keys.given():
+                _log.info("cyclevae: loss_type %s does not use %s", mode, ", ".join(unread))
+            self._objective = None
             return
         if keys.unused():
             _log.info("cyclevae: no effect here: %s", ", ".join(keys.unused()))
-        compiles = getattr(getattr(host.config, "training", None), "compile_model", False)
+        compiles = getattr(getattr(config, "training", None), "compile_model", False)
         if compiles and keys.cycle_non_finite == "zero":
             keys = replace(keys, cycle_non_finite=None)  # it cannot be traced
-        self._objective = keys.objective(host)
+        if self._phases and keys.cycle_start_step:
+            raise ValueError(
+                "in `training.sequential_schedule` steps count from where cycle_vae begins: leave "
+                "out `loss.cycle_start_step`"
+            )
+        self._objective = keys.objective(self.host)
         terms = self._objective.terms or ()
         whole = [_on_all_rows(term) for term in terms]
         self._measure = replace(self._objective, terms=whole, non_finite=None)
         constant = [t.name for t in terms if not callable(t.weight)]
         self._unreported = [f"{n}_weight" for n in constant if not n.startswith("cycle_")]
-        self._plain = HostDenoiser(host.model)
+        self._cycles = [f"{t.name}_weight" for t in terms if t.name.startswith("cycle_")]
+        self._plain = HostDenoiser(self.host.model)
         self._denoiser = (
             checkpoint_passes(self._plain) if keys.cycle_checkpoint_passes else self._plain
         )
+        self._teacher = keys.teacher(self.host)
         self._announced, self._measured = False, 0
+        self._watch = None if compiles else Watch(keys.cycle_dead_steps)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -108,20 +142,54 @@ class CycleTrainer(nn.Module):
                 raise
             return getattr(self.host, name)
 
-    @property
-    def current_epoch(self) -> int:
-        """The host's loop sets it, for the mode `sequential`."""
-        epoch: int = self.host.current_epoch
-        return epoch
+    def __setattr__(self, name: str, value: Any) -> None:
+        host = self.__dict__.get("host")
+        own = name.startswith("_") or name in (*self.__dict__, "training", "evaluated", "loss_type")
+        if host is None or own or not hasattr(host, name):
+            super().__setattr__(name, value)
+        elif name in ("current_step", "current_epoch"):  # the second is set by the host's loop
+            setattr(host, name, value)
+        else:
+            raise AttributeError(
+                f"`trainer.{name}` was read when with_cycle was called: set it before that"
+            )
 
-    @current_epoch.setter
-    def current_epoch(self, epoch: int) -> None:
-        self.host.current_epoch = epoch
+    @property
+    def loss_type(self) -> str:
+        """The mode; setting it reads the keys under `loss:` anew."""
+        mode: str = self.host.loss_type
+        return mode
+
+    @loss_type.setter
+    def loss_type(self, mode: str) -> None:
+        check_mode(mode)
+        self._begin(mode)
+        self.host.loss_type = mode
 
     def train(self, mode: bool = True) -> "CycleTrainer":
         """Set the mode here and in the host's trainer."""
+        if self.training and not mode:
+            self._random = torch.get_rng_state()
         self.host.train(mode)
         return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; for a checkpoint, so a model whose weights are not finite has none.
+
+        Raises:
+            FloatingPointError: such a model, in a run with steps of `cycle_vae`.
+        """
+        if self._objective is not None:
+            refuse_dead(self.model)
+        found = super().state_dict(*args, **kwargs)
+        if (metadata := getattr(found, "_metadata", None)) is not None:
+            metadata[NOTE] = note_of(self.host, self.loss_type)
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CycleTrainer":
+        if getattr(self, "_teacher", None) is not None:  # no submodule, for names in the state_dict
+            self._teacher.network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(
         self, batch: Mapping[str, Tensor], step: int | None = None
@@ -135,12 +203,17 @@ class CycleTrainer(nn.Module):
 
         Raises:
             ValueError: a batch without latents, or wrong shapes or ids.
+            FloatingPointError: no finite term in `loss.cycle_dead_steps` steps in a row.
         """
         apart: Any = torch.compiler.disable  # at the call, because it imports dynamo
+        if step is None and self._random is not None:
+            apart(self._forget_the_loader)()
         if self._objective is None:
-            loss, metrics = self.host(batch, step=step)  # bit for bit
-            # the host's own log takes a numpy string for a tensor
-            return loss, {k: str(v) if isinstance(v, str) else v for k, v in metrics.items()}
+            return self._host_step(batch, step)
+        if self._phases:
+            mode = self.host.get_training_mode(self.host.current_step if step is None else step)
+            if mode != CYCLE:
+                return self._host_step(batch, step, mode)
         if step is None:
             measured: tuple[Tensor, Metrics] = apart(self._evaluate)(batch)
             return measured
@@ -150,43 +223,89 @@ class CycleTrainer(nn.Module):
         for parameter in self.model.parameters():
             if not parameter.requires_grad:  # as a step in another mode leaves them
                 parameter.requires_grad_(True)
-        output = self._objective(self._denoiser, rows_of(batch), step=step)
-        return output.loss, self._metrics(output)
+        rows = rows_of(batch)
+        with host_words():
+            output = self._objective(
+                self._denoiser, rows, step=self._cycle_step(step), teacher=self._teacher
+            )
+        if self._watch is not None:
+            self._watch.note(self._dead(output, step))
+        return output.loss, self._metrics(output, rows)
+
+    def _host_step(
+        self, batch: Mapping[str, Tensor], step: int | None, mode: str | None = None
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The host's own, bit for bit; of a phase in that mode, if given."""
+        whole = self.host.loss_type
+        self.host.loss_type = mode or whole
+        try:
+            loss, metrics = self.host(batch, step=step)
+        finally:
+            self.host.loss_type = whole
+        # the host's own log takes a numpy string for a tensor
+        return loss, {k: str(v) if isinstance(v, str) else v for k, v in metrics.items()}
+
+    def _cycle_step(self, step: int) -> int:
+        """Steps of `cycle_vae` before this one, from which weights are computed."""
+        return cycles_before(step, self._phases) if self._phases else step
+
+    def _forget_the_loader(self) -> None:
+        """Undo the draw by which the host's loader starts its workers, in its first evaluation.
+
+        Steps of the host's own modes are left as they are, but in a run that was resumed after an
+        evaluation: the run that was never stopped started its workers before.
+        """
+        if self._random is not None and (self._objective is not None or self.evaluated):
+            torch.set_rng_state(self._random)
+            self.evaluated = False
+        self._random = None
 
     def _evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """A step of all cycles, from draws of its own."""
         device = batch["input_ids"].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        rows = rows_of(batch)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), host_words():
             torch.manual_seed(self._measure.seed + self._measured)
             self._measured += 1
-            step = self.host.current_step
-            output = self._measure(self._plain, rows_of(batch), step=step)
-        return output.loss, self._metrics(output)
+            step = self._cycle_step(self.host.current_step)
+            output = self._measure(self._plain, rows, step=step, teacher=self._teacher)
+        return output.loss, self._metrics(output, rows)
 
     def _announce(self, step: int) -> None:
         self._announced = True
         objective = self._objective
         if objective is None or this_rank():
             return
-        weights = objective.weights(step)
+        before = step - self._cycle_step(step)
+        weights = objective.weights(step - before)
         terms = sorted(objective.terms or (), key=lambda term: _ORDER.index(term.name))
         now = [f"{t.name} {weights[t.name]:g}" for t in terms if t.name in weights]
         later = [
-            f"{term.name} from step {begins}"
+            f"{term.name} from step {begins + before}"
             for term in terms
-            if (begins := getattr(_alone(term.weight), "warmup_steps", 0)) > step
+            if (begins := getattr(_alone(term.weight), "warmup_steps", 0)) > step - before
         ]
-        passes = objective.passes(step)
+        passes = objective.passes(step - before)
         _log.info("cyclevae: step %d: %s; %d passes", step, ", ".join(now + later), passes)
 
-    def _metrics(self, output: StepOutput) -> Metrics:
+    def _dead(self, output: StepOutput, step: int) -> Tensor:
+        """Whether no term of a step was finite."""
+        bad = output.metrics.get("non_finite_terms")
+        if bad is None or self._objective is None:
+            return ~output.loss.detach().isfinite()
+        return bad == len(self._objective.weights(self._cycle_step(step)))
+
+    def _metrics(self, output: StepOutput, rows: Batch) -> Metrics:
         """The metrics by the host's names: a weight is one where it may move."""
         metrics = Metrics(output.metrics)
         for name in self._unreported:
             metrics.pop(name, None)
-        cycles = [metrics[n] for n in ("cycle_text_weight", "cycle_latent_weight") if n in metrics]
-        if cycles:
-            metrics["cycle_weight"] = torch.stack(cycles).sum()
+        for name in self._cycles:  # which rest at 0
+            metrics.setdefault(name, torch.zeros_like(metrics["loss"]))
+        weights = [metrics[name] for name in self._cycles]
+        metrics["cycle_weight"] = sum(weights, torch.zeros_like(metrics["loss"]))
+        if "latent_norm" not in metrics:
+            metrics["latent_norm"] = _norm(rows)
         return metrics
 
 
@@ -194,6 +313,12 @@ def _on_all_rows(term: Term) -> Term:
     """A term as evaluations run it: at every step, and on all rows."""
     term = replace(term, weight=_alone(term.weight), every=1, fraction=1.0)
     return replace(term, pairs=True) if isinstance(term, UnpairedTerm) else term
+
+
+def _norm(rows: Batch) -> Tensor:
+    """The mean length of the latents that are there."""
+    lengths, there = rows.latents.norm(dim=1), rows.has_latent
+    return torch.where(there, lengths, 0.0).sum() / there.sum().clamp(min=1)
 
 
 def _alone(weight: Weight) -> Weight:
