@@ -610,6 +610,26 @@ def test_reentrant_checkpointing_before_the_bridge_is_allowed():
         refuse_reentrant([logits])
 
 
+class Named(torch.autograd.Function):
+    """A function that keeps an attribute called like a method of its node."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.name = "mine"
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_functions_may_keep_what_they_like():
+    x = torch.ones(2, requires_grad=True)
+    refuse_reentrant([Named.apply(x)])
+    with pytest.raises(RuntimeError, match="reentrant"):
+        refuse_reentrant([Named.apply(checkpoint(torch.exp, x, use_reentrant=True))])
+
+
 class Checkpointed(ToyNetwork):
     """The toy network with both heads, or one of them, under reentrant checkpointing."""
 

@@ -49,7 +49,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        value, ctx.name = inputs
+        value, ctx.surrogate = inputs
         ctx.save_for_backward(value)
 
     @staticmethod
@@ -57,12 +57,12 @@ class _Once(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return gradient, None
         (value,) = ctx.saved_tensors
-        refusing: Tensor = _Refused.apply(gradient, value, ctx.name)  # type: ignore[no-untyped-call]
+        refusing: Tensor = _Refused.apply(gradient, value, ctx.surrogate)  # type: ignore[no-untyped-call]
         return refusing, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _refuse(ctx.name)
+        _refuse(ctx.surrogate)
 
 
 class _Refused(torch.autograd.Function):
@@ -76,12 +76,12 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-        ctx.name = inputs[2]
+        ctx.surrogate = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> NoReturn:
-        _refuse(ctx.name)
+        _refuse(ctx.surrogate)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _refuse(ctx.name)
+        _refuse(ctx.surrogate)

@@ -237,7 +237,7 @@ def refuse_reentrant(outputs: Iterable[Tensor], *, bridge: Tensor | None = None)
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "Checkpoint" in node.name():  # torch's, DeepSpeed's, Megatron's, Unsloth's
+        if "Checkpoint" in type(node).__name__:  # torch's, DeepSpeed's, Megatron's, Unsloth's
             raise RuntimeError(
                 "reentrant activation checkpointing was found in the graph; it runs a pass again "
                 "in the backward, where nothing is frozen: use checkpoint(..., "
