@@ -1,6 +1,7 @@
 """Moment priors in float64, written from their formulas; nothing here imports cyclevae."""
 
 import math
+from functools import cache
 
 import numpy as np
 from scipy import integrate, linalg, special, stats
@@ -56,7 +57,8 @@ def moment_prior(z, form, mean, covariance, estimator="unbiased", threshold=1.0)
                 max(0.0, threshold * math.sqrt(b) - math.sqrt(a))
                 for a, b in zip(variances, v, strict=True)
             )
-            return total - (hinge_floor(n, threshold) * np.sqrt(v).sum() if unbiased else 0)
+            bias = hinge_floor(n, threshold) - max(0.0, threshold - 1)
+            return total - (bias * np.sqrt(v).sum() if unbiased else 0)
         case "covariance":
             trace_of_square = np.trace(s @ s)
             if unbiased:
@@ -101,12 +103,14 @@ def population(form, mean, covariance, target_mean, target):
             return square + v.sum() + w.sum() - 2 * np.trace(cross).real
 
 
+@cache
 def c4(n):
     """`E s` of n standard normals, from the density of chi."""
     mean = integrate.quad(lambda s: s * stats.chi.pdf(s, n - 1), 0, np.inf)[0]
     return mean / math.sqrt(n - 1)
 
 
+@cache
 def hinge_floor(n, threshold):
     """`E max(0, threshold - s)` of n standard normals, by quadrature."""
     k = n - 1

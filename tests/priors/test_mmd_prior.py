@@ -112,6 +112,23 @@ def test_imq_by_the_exponential_integral(d, scale):
     assert got == pytest.approx(oracles.imq_self(2 * scale * d * tau2, tau2, d), abs=1e-10)
 
 
+@pytest.mark.parametrize("d", [1, 64, 1024])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_imq_is_as_exact_far_from_the_target(d, scale):
+    """Against 4000 nodes: 1e-9 of the value up to 1e6 C, and 1e-7 up to 1e8 C."""
+    u = np.linspace(-60, 4.2, 4000)
+    s, constant = np.exp(u), 2 * scale * d
+    weights = (u[1] - u[0]) * np.exp(-s) * s
+    far = np.array([0.0, 1, 1e2, 1e4, 1e6, 1e8]) * constant
+    square = far[:, None] / (constant + 2 * s)
+    expected = (weights * np.exp(-d / 2 * np.log1p(2 * s / constant) - s * square)).sum(1)
+    x = torch.zeros(len(far), d).double()
+    x[:, 0] = torch.from_numpy(far).sqrt()
+    got = imq_kernel((scale,), f64(float(d))).mean(x, torch.ones(d).double())
+    error = np.abs(array(got) / expected - 1)
+    assert error[:5].max() < 1e-9 and error[5] < 1e-7
+
+
 def test_why_not_gauss_laguerre():
     """32 of its nodes leave 2e-5 at the scale 0.1 and D = 64, and a hundred times that far out."""
     s, w = np.polynomial.laguerre.laggauss(32)

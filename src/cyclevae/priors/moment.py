@@ -50,12 +50,15 @@ def moment_prior(
     - `full_bures`: `||d||^2 + tr S + tr C - 2 tr (C^1/2 S C^1/2)^1/2`.
 
     `biased` is this plug-in value, positive even for latents that follow the target. `unbiased` has
-    the form's value at the true moments as its mean, for Gaussian latents whatever their moments,
-    and may be negative; `hinge` has it only under the target, `norm` for any latents, less the 2/D
-    of the target itself. Below `s^2 = 1e-6 v` (in `full_kl`: along the axes of `C^-1/2 S C^-1/2`)
-    the logarithm is continued by its tangent, so that collapsed latents have a finite gradient,
-    which spreads them. `full_kl` and `full_bures` take a singular value decomposition, for which
-    torch waits for the device.
+    the form's value at the true moments as its mean, for independent Gaussian latents whatever
+    their moments, and may be negative; `hinge` has it only for latents of the target's variances,
+    `norm` for any latents, less the 2/D of the target itself. `kl` and `full_kl` have it as far as
+    all batches have variances above `1e-6 v`: below `s^2 = 1e-6 v` (in `full_kl`: along the axes of
+    `C^-1/2 S C^-1/2`) the logarithm is continued by its tangent, so that latents that nearly
+    collapse have a finite gradient, which spreads them. Rows that are equal get equal gradients, as
+    from any statistic of a batch: nothing here parts latents that have collapsed exactly.
+    `full_kl` and `full_bures` take a singular value decomposition, for which torch waits for the
+    device. Computed in float64.
 
     Args:
         z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `D = n d` numbers).
@@ -167,7 +170,8 @@ def _hinge(c: Samples, std: PerDimension, threshold: Number, unbiased: bool) -> 
     below: Tensor = torch.special.gammainc(half, cut)
     weighted: Tensor = torch.special.gammainc(half + 0.5, cut)
     floor = threshold * below - _mean_chi(len(c) - 1) * weighted
-    return hinge - floor.to(c.dtype) * std.sum()
+    bias = floor - max(0.0, threshold - 1)  # less the form's own value at the target
+    return hinge - bias.to(c.dtype) * std.sum()
 
 
 def _covariance(m: Mean, c: Samples, scale: Factor, unbiased: bool) -> Scalar:
