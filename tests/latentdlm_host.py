@@ -157,6 +157,31 @@ class HostModel(nn.Module):
         return output
 
 
+class QuickModel(nn.Module):
+    """Of the same call, names and outputs, without the blocks, for tests of many steps."""
+
+    def __init__(self, vocab, latent_dim, *, hidden=64, length=12):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.text_encoder = nn.Embedding(vocab, hidden)
+        self.latent_encoder = nn.Linear(latent_dim, hidden)
+        self.position = nn.Parameter(0.1 * torch.randn(length, hidden))
+        self.mix = nn.Sequential(nn.Linear(2 * hidden + 2, hidden), nn.GELU())
+        self.text_head = nn.Linear(hidden, vocab)
+        self.latent_head = nn.Linear(hidden, latent_dim)
+
+    def forward(self, text_tokens, latents, text_timesteps, latent_timesteps, attention_mask=None):
+        words = self.text_encoder(text_tokens)
+        kept = torch.ones_like(text_tokens) if attention_mask is None else attention_mask
+        kept = kept.to(words.dtype)[..., None]
+        words = (words * kept).sum(1) / kept.sum(1).clamp(min=1)
+        latent = self.latent_encoder(latents.to(words.dtype).flatten(1))
+        times = torch.stack([text_timesteps, latent_timesteps], dim=1).to(words.dtype)
+        mixed = self.mix(torch.cat([words, latent, times], dim=1))[:, None]
+        places = F.gelu(mixed + self.position[: text_tokens.shape[1]])
+        return self.text_head(places), self.latent_head(mixed)
+
+
 # The processes
 
 
@@ -446,6 +471,7 @@ def make_host(
     dropout=0.0,
     seed=0,
     training=None,
+    quick=False,
     **loss,
 ):
     """A trainer; the rest goes into `config.loss`, and `training` into `config.training`."""
@@ -463,15 +489,19 @@ def make_host(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)  # mmdit draws by it which of its streams a block begins with
-        model = HostModel(
-            vocab,
-            latent_dim,
-            hidden=hidden,
-            blocks=blocks,
-            length=length,
-            cluster_size=cluster_size,
-            dropout=dropout,
-            encoder=encoder,
+        model = (
+            QuickModel(vocab, latent_dim, length=length)
+            if quick
+            else HostModel(
+                vocab,
+                latent_dim,
+                hidden=hidden,
+                blocks=blocks,
+                length=length,
+                cluster_size=cluster_size,
+                dropout=dropout,
+                encoder=encoder,
+            )
         )
     random.setstate(state)
     return kind(

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -46,6 +47,7 @@ def trained(loss_type, parameterization="v_param", steps=300, flavour="stable"):
         vocab=5 + WORDS,
         cycle_warmup_steps=steps // 2,
         latent_loss_weight=1.0,
+        quick=True,
     )
     trainer = with_cycle(host)
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
@@ -72,14 +74,14 @@ def test_l2t_alone_leaves_the_latent_head_untrained():
     assert supported(report) == {"base L2T"}, report
     assert {t.first for t in report.terms if not t.supported} == {"warm start"}
     assert "cycle_warmup_steps: 5000" in report.config
-    assert "latent_parameterization" not in report.config
+    assert "latent_parameterization: v_param" in report.config
 
 
 def test_l2t_alone_of_an_epsilon_host_needs_another_parameterisation_too():
     report = trained("l2t", "epsilon")
     assert supported(report) == {"base L2T"}, report
     assert not report.copies
-    assert report.config.startswith("latent_parameterization: v_param")
+    assert report.config.startswith("latent_parameterization: x0")
     assert "cycle_latent_t_max: 0.9" in report.config
 
 
@@ -102,7 +104,7 @@ def test_epsilon_at_full_noise_learns_a_copy():
     assert supported(report) == set(), report
     base = next(term for term in report.terms if term.name == "base T2L")
     assert "copy of the noise" in base.why
-    assert base.first == "v_param, warm start"
+    assert base.first == "x0, warm start"
 
 
 DEAF = Probe(right=7.9, shuffled=8.0, empty=8.0, gap_error=0.1)
@@ -146,21 +148,23 @@ def test_the_larger_cure_comes_first():
     report = measured(prediction="epsilon", cosine=0.0, text=DEAF, time=0.9, norm=20.0)
     firsts = {term.name: term.first for term in report.terms}
     assert firsts.pop("base L2T") == "warm start"
-    assert set(firsts.values()) == {"v_param, warm start"}
+    assert set(firsts.values()) == {"x0, warm start"}
     assert "cycle_bridge_norm" not in report.config  # the length of a latent that tells nothing
     now, later = report.config.split("# or, which keeps epsilon:\n")
     keys = yaml.safe_load(now)
-    assert keys.pop("latent_parameterization") == "v_param"
+    assert keys.pop("latent_parameterization") == "x0"
     kept = {"latent_t_mode": "random", "cycle_latent_t_max": 0.9, "cycle_bridge_steps": 4}
     lines = [line.removeprefix("# ") for line in later.splitlines()]
     assert all(line.startswith("# ") for line in later.splitlines())
-    assert yaml.safe_load("\n".join(lines)) == {"loss": {**keys["loss"], **kept}}
+    other = {"latent_parameterization": "epsilon", "loss": {**keys["loss"], **kept}}
+    assert yaml.safe_load("\n".join(lines)) == other
 
 
 def test_epsilon_that_reads_its_text_at_the_cap_keeps_it():
     report = measured(prediction="epsilon", time=0.9, copied=0.99, gain=6e4)
     assert supported(report) == ALL
-    assert "v_param" not in report.config and "cycle_bridge_steps: 4" in report.config
+    assert yaml.safe_load(report.config)["latent_parameterization"] == "epsilon"
+    assert "cycle_bridge_steps: 4" in report.config
     assert report.terms[-1].first == "cap 0.9, bridge steps"
 
 
@@ -190,6 +194,33 @@ def test_the_report_names_every_number():
         ["cycle_latent", "yes"],
         ["prior", "yes"],
     ]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_param", "x0"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_config_says_what_the_checkpoint_predicts(prediction, learned):
+    report = measured(prediction=prediction, **({} if learned else {"cosine": 0.0}))
+    keeps = learned or prediction != "epsilon"  # else x0, with a head that is trained anew
+    config = yaml.safe_load(report.config)
+    assert config["latent_parameterization"] == (prediction if keeps else "x0")
+    assert ("latent_head" in report.config) is not keeps
+
+
+def test_a_warm_up_says_what_the_step_makes_of_it():
+    for step, told in {0: None, 3000: "after 2000 steps", 9000: "at once"}.items():
+        report = measured(text=DEAF, step=step)
+        assert ("resume" in report.config) is (told is not None)
+        if told:
+            assert f"or the cycles begin {told}:\n#   cycle_start_step: {step}" in report.config
+            assert str(report).startswith(f"step {step}; 64 pairs")
+    assert "resume" not in measured(step=9000).config  # nothing to warm up
+
+
+def test_a_prior_is_told_the_variance_of_the_latents():
+    assert "prior_options" not in measured(variance=1.2).config
+    for report in (measured(variance=1 / 32), measured(variance=1 / 32, text=DEAF)):
+        options = yaml.safe_load(report.config)["loss"]["prior_options"]
+        assert options == {"variance": 0.0312}
 
 
 class Bags(nn.Module):
@@ -238,6 +269,7 @@ def test_the_numbers_are_those_of_the_formulas():
         "shuffled_error": (shuffled - z).square().sum(1).mean() / variance,
         "norm": right.norm(dim=1).mean(),
         "target_norm": z.square().sum(1).mean().sqrt(),
+        "variance": variance / DIM,
     }
     found = {name: getattr(report, name) for name in expected}
     assert found == pytest.approx({n: float(x) for n, x in expected.items()}, rel=1e-5)
@@ -380,8 +412,8 @@ def checked(monkeypatch):
     """What reaches `check`, instead of its report."""
     found = []
 
-    def note(model, diffusion, process, batch, *, seed):
-        found.append(SimpleNamespace(process=process, seed=seed, **batch))
+    def note(model, diffusion, process, batch, *, seed, step):
+        found.append(SimpleNamespace(process=process, seed=seed, step=step, **batch))
         return measured()
 
     monkeypatch.setattr(files, "check", note)
@@ -393,7 +425,8 @@ def test_a_run_is_read_as_the_host_wrote_it(run, capsys, clusters):
     folder = run(cluster_size=clusters, seed=1)
     assert main(["check", str(folder), "--rows", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"checkpoint {folder}, config {folder / 'config.yaml'}"
+    where = f"config {folder / 'config.yaml'}, data {folder / 'tokens'}"
+    assert lines[0] == f"checkpoint {folder}, {where}"
     assert lines[1].startswith("warning: `model.latent_parameterization` is x0, which the host")
     assert lines[1].endswith("means epsilon")
     assert lines[2].startswith("3 pairs; the model predicts epsilon;")
@@ -438,6 +471,28 @@ def test_data_of_another_place(run, checked):
     assert len(checked[0].latent) == 4
 
 
+@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
+def test_data_as_the_example_writes_them(run, checked, splits):
+    folder = run()
+    for kind in ("tokens", "latents"):
+        whole = folder / f"{kind}.npz-files"
+        (folder / kind).rename(whole)
+        for split in splits:
+            shutil.copytree(whole, folder / kind / split)
+    report = files.check_checkpoint(folder, data=folder)
+    assert len(checked[0].latent) == 4
+    assert report.splitlines()[0].endswith(f"data {folder / 'tokens' / splits[-1]}")
+
+
+def test_a_checkpoint_knows_what_it_predicts_and_where_it_stands(run, checked):
+    folder = run()
+    trainer = with_cycle(make_host(loss_type="cycle_vae", parameterization="x0"))
+    torch.save({"model_state_dict": trainer.state_dict()}, folder / "checkpoint.pt")
+    lines = files.check_checkpoint(folder).splitlines()
+    assert lines[1].startswith("warning: the checkpoint was trained with `latent_parameterization`")
+    assert checked[0].step == 0  # it holds none
+
+
 def test_padding_is_the_id_most_padded_places_have(run, checked):
     folder = run()
     path = folder / "tokens" / "0_tokens.npz"
@@ -462,7 +517,7 @@ def test_where_a_config_is_looked_for(run, checked):
         report = files.check_checkpoint(latest)
         assert report.startswith(f"checkpoint {latest}, config {place / '.hydra'}")
     (latest / "config.yaml").write_text(text)
-    assert f"config {latest / 'config.yaml'}" in files.check_checkpoint(latest)
+    assert f"config {latest / 'config.yaml'}," in files.check_checkpoint(latest)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def train_on_a_rank(rank):
-    trainer = with_cycle(make_host(loss_type="cycle_vae", prior_weight=0.1))
+    trainer = with_cycle(make_host(loss_type="cycle_vae", prior_weight=0.1, quick=True))
     wrapped = nn.parallel.DistributedDataParallel(trainer, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-2)
     for step in range(4):
@@ -73,7 +73,8 @@ def test_it_compiles():
     st.integers(0, 3),
 )
 def test_any_step_is_finite_and_runs_the_passes_it_announces(keys, prediction, rows, step):
-    trainer = with_cycle(make_host(loss_type="cycle_vae", parameterization=prediction, **keys))
+    host = make_host(loss_type="cycle_vae", parameterization=prediction, quick=True, **keys)
+    trainer = with_cycle(host)
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, metrics = trainer(make_batch(rows), step=step)

@@ -638,7 +638,13 @@ def test_keys_of_the_host_are_left_to_it():
         ({"text_t_mode": "all"}, "`loss.text_t_mode` is 'all'; known are"),
         ({"latent_t_mode": "ful"}, "`loss.latent_t_mode` is 'ful'; did you mean 'full'"),
         ({"text_loss_padding": "last"}, "`loss.text_loss_padding` is 'last'"),
-        ({"prior_name": "learned"}, "`loss.prior_name` is 'learned'"),
+        ({"prior_name": "teacher"}, "`loss.prior_name` is 'teacher'"),
+        (
+            {"prior_name": "learned", "prior_weight": 1.0},
+            "a frozen model of latents: set `loss.prior_teacher` to a checkpoint.pt",
+        ),
+        ({"cycle_dead_steps": 0}, "`loss.cycle_dead_steps` must be an integer of at least 1"),
+        ({"cycle_start_step": -1}, "`loss.cycle_start_step` must be an integer of at least 0"),
         ({"cycle_latent_sampling": "soft"}, "encoder reads ids, so it must be one of 'argmax'"),
         ({"cycle_non_finite": "skip"}, "zero, raise or null, got 'skip'"),
         ({"cycle_checkpoint_passes": "yes"}, "must be true or false, got 'yes'"),
@@ -901,17 +907,22 @@ def test_metrics_are_read_in_one_copy(monkeypatch):
 
 SYNC_FREE = {
     "default": {},
-    "prior": {"prior_weight": 0.1, "cycle_latent_sampling": "categorical"},
-    "times": {"latent_t_mode": "random", "text_t_mode": "random"},
-    "policies": {"cycle_stop_grad_latent": False, "cycle_fraction": 0.5},
+    "all": {
+        "prior_weight": 0.1,
+        "cycle_latent_sampling": "categorical",
+        "latent_t_mode": "random",
+        "text_t_mode": "random",
+        "cycle_stop_grad_latent": False,
+        "cycle_fraction": 0.5,
+        "unconditional_loss_weight": 1.0,
+    },
     "checkpointed": {"cycle_checkpoint_passes": True},
-    "a fifth pass": {"unconditional_loss_weight": 1.0},
 }
 
 
 @pytest.mark.parametrize("options", SYNC_FREE.values(), ids=SYNC_FREE)
 def test_a_step_waits_for_no_value(options):
-    host = make_host(loss_type="cycle_vae", **options).to("meta")
+    host = make_host(loss_type="cycle_vae", quick=True, **options).to("meta")
     trainer = with_cycle(host)
     batch = {key: value.to("meta") for key, value in make_batch().items()}
     with HostSyncs() as syncs:

@@ -25,17 +25,29 @@ from cyclevae.processes.text import TextProcess
 
 CAP = 0.9  # where z_hat of an epsilon model is read: at full noise it is rounding alone
 TOLD = 0.1  # of the cosine that another row's text leaves open; below it z_hat tells no text
+_WARM_STEPS = 5000
+_OTHER = 1.5  # a variance by which a prior's default target of 1 would be wrong
 COPIED = 0.5  # cosine of a prediction and its input above which it is called a copy
 
-_V_PARAM = """\
-latent_parameterization: v_param   # at the root, where the host reads it: latent_head is retrained
+_PREDICTS = """\
+latent_parameterization: {prediction}   # at the root, where the host reads it{retrained}
 """
+_RETRAINED = """: give load_weights
+                              # skip=["latent_head.*"], which is trained anew"""
 _CYCLE = """\
 loss:
   loss_type: cycle_vae
 """
 _WARM_START = """\
   cycle_warmup_steps: 5000   # base L2T and base T2L alone; then check again
+"""
+_AT_STEP = """\
+# The checkpoint stands at step {step}: load_weights begins at step 0. To go on by resume instead,
+# let the warm-up count from there, or the cycles begin {when}:
+#   cycle_start_step: {step}
+"""
+_VARIANCE = """\
+  prior_options: {{variance: {variance:.3g}}}   # of the latents, if you use a prior
 """
 _CAPPED = """\
   latent_t_mode: random      # base T2L is trained at all times
@@ -72,6 +84,8 @@ class Check:
         shuffled_error: from another row's text.
         norm: mean length of `z_hat`.
         target_norm: root mean square length of the latents.
+        variance: of a dimension of the latents, on average.
+        step: of the checkpoint.
     """
 
     rows: int
@@ -88,6 +102,8 @@ class Check:
     shuffled_error: float
     norm: float
     target_norm: float
+    variance: float = 1.0
+    step: int = 0
 
     @property
     def decodes(self) -> bool:
@@ -113,7 +129,7 @@ class Check:
         """Each term of `cycle_vae`: a base term is supported where it has been learned."""
         gap = f"{self.text.gap:.2g} +- {self.text.gap_error:.1g} nats"
         cosine = f"{self.cosine:.2g}, {self.shuffled_cosine:.2g} from another text"
-        warm = "v_param, warm start" if self.prediction == "epsilon" else "warm start"
+        warm = "x0, warm start" if self.prediction == "epsilon" else "warm start"
         if self.decodes:
             l2t = Term("base L2T", True, f"another row's latent costs {gap} per text")
         else:
@@ -151,13 +167,26 @@ class Check:
         norm = ""
         if self.encodes and self._stretched:
             norm = f"  cycle_bridge_norm: {self.target_norm:.3g}   # the length of the latents\n"
+        if not 1 / _OTHER <= self.variance <= _OTHER:
+            norm += _VARIANCE.format(variance=self.variance)
+        own = _PREDICTS.format(prediction=self.prediction, retrained=", as this checkpoint does")
         if self.prediction != "epsilon":
-            return _CYCLE + warm + norm
+            return own + _CYCLE + warm + norm + self._at_step(warm)
         capped = _CYCLE + warm + _CAPPED.format(time=self.time) + norm
         if self.encodes:
-            return capped
-        other = "".join(f"# {line}\n" for line in capped.splitlines())
-        return _V_PARAM + _CYCLE + warm + "# or, which keeps epsilon:\n" + other
+            return own + capped + self._at_step(warm)
+        other = "".join(f"# {line}\n" for line in (own + capped).splitlines())
+        anew = _PREDICTS.format(prediction="x0", retrained=_RETRAINED)
+        keeps = "# or, which keeps epsilon:\n"
+        return anew + _CYCLE + warm + norm + self._at_step(warm) + keeps + other
+
+    def _at_step(self, warm: str) -> str:
+        """What becomes of a warm-up at the step of the checkpoint."""
+        if not (warm and self.step):
+            return ""
+        left = _WARM_STEPS - self.step
+        when = "at once" if left <= 0 else f"after {left} steps"
+        return _AT_STEP.format(step=self.step, when=when)
 
     @property
     def _stretched(self) -> bool:
@@ -186,7 +215,8 @@ class Check:
         verdicts = [("term", "supported", "why", "what to do first")]
         verdicts += [(t.name, "yes" if t.supported else "no", t.why, t.first) for t in self.terms]
         blocks = [
-            f"{self.rows} pairs; the model predicts {self.prediction}; reading a latent at full "
+            (f"step {self.step}; " if self.step else "")
+            + f"{self.rows} pairs; the model predicts {self.prediction}; reading a latent at full "
             f"noise multiplies its error by {_g(self.gain)}",
             table(rows),
             f"z_hat is read at time {self.time:g} from noise; its length is {_g(self.norm)}, that "
@@ -207,6 +237,7 @@ def check(
     *,
     cap: float = CAP,
     seed: int = 0,
+    step: int = 0,
 ) -> Check:
     """Does each direction of the host's model depend on its condition; seven passes, no graph.
 
@@ -217,6 +248,7 @@ def check(
         batch: as the host's collate makes it; rows that lack a part are left out.
         cap: the time at which `z_hat` of an epsilon model is read; others are read at full noise.
         seed: of the noise.
+        step: of the checkpoint, to be told in the report.
 
     Raises:
         ValueError: fewer than 2 pairs, latents that are all equal, wrong shapes or values.
@@ -272,6 +304,8 @@ def check(
         shuffled_error=error(shuffled),
         norm=health.norm,
         target_norm=latents.double().square().sum(dim=1).mean().sqrt().item(),
+        variance=variance.item() / latents.shape[1],
+        step=step,
     )
 
 

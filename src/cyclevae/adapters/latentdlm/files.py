@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cyclevae.adapters.latentdlm.check import check
 from cyclevae.adapters.latentdlm.checkpoints import read_checkpoint
-from cyclevae.adapters.latentdlm.runs import find_config, load_config
+from cyclevae.adapters.latentdlm.runs import PROCESS, find_config, load_config, told_by
 from cyclevae.processes.text import TextProcess
 
 PACKAGE = "latentDLM_mmdit"
@@ -32,7 +32,8 @@ def check_checkpoint(
     Args:
         path: the checkpoint, or its folder.
         config: the config of the run; looked for beside the checkpoint if not given.
-        data: a folder with `tokens` and `latents`; the config's own if not given.
+        data: a folder with `tokens` and `latents`, or these of a split `test` or `train` in them,
+            as `examples/latentdlm/data.py` writes; the config's own if not given.
         rows: pairs to read.
         seed: of their choice, and of the noise.
 
@@ -41,19 +42,31 @@ def check_checkpoint(
         ImportError: no `omegaconf`, or no host here.
         ValueError: files that do not fit.
     """
-    saved = read_checkpoint(path)["model_state_dict"]
+    found = read_checkpoint(path)
+    saved = found["model_state_dict"]
     where = config or find_config(path)
     settings = load_config(where)
-    model, diffusion = _build(saved, settings, where)
-    batch = _read_pairs(*_folders(settings, data), rows=rows, seed=seed)
+    own = told_by(saved)
+    process = {key: (own or settings).get(key, default) for key, default in PROCESS.items()}
+    model, diffusion = _build(saved, settings, process, where)
+    folders = _folders(settings, data)
+    batch = _read_pairs(*folders, rows=rows, seed=seed)
     wide: Any = model
     if wide.latent_dim != (width := batch["latent"].shape[1]):
         raise ValueError(
             f"the model's latents have {wide.latent_dim} numbers and those of the data {width}: "
             "give --data, the folder that the model was trained on"
         )
-    report = check(model, diffusion, _text_process(saved, model, batch), batch, seed=seed)
-    lines = [f"checkpoint {path}, config {where}"]
+    texts = _text_process(saved, model, batch)
+    step = getattr(found.get("state"), "step", 0)
+    report = check(model, diffusion, texts, batch, seed=seed, step=step)
+    lines = [f"checkpoint {path}, config {where}, data {folders[0]}"]
+    lines += [
+        f"warning: the checkpoint was trained with `{key}` {process[key]}, and the config now says "
+        f"{settings.get(key, default)}"
+        for key, default in PROCESS.items()
+        if settings.get(key, default) != process[key]
+    ]
     stated = settings.model.get("latent_parameterization")
     if stated not in (None, diffusion.parameterization):
         lines.append(
@@ -63,7 +76,9 @@ def check_checkpoint(
     return "\n".join([*lines, str(report)])
 
 
-def _build(saved: Mapping[str, Tensor], config: Any, where: Path) -> tuple[nn.Module, Any]:
+def _build(
+    saved: Mapping[str, Tensor], config: Any, process: Mapping[str, Any], where: Path
+) -> tuple[nn.Module, Any]:
     """The host's model with the weights, in fp32, and its noise tables."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the host prints as it is imported
@@ -94,9 +109,9 @@ def _build(saved: Mapping[str, Tensor], config: Any, where: Path) -> tuple[nn.Mo
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):
         diffusion = diffusions.ContinuousDiffusion(
-            num_timesteps=config.get("latent_timesteps", 1000),
-            beta_schedule=config.get("latent_beta_schedule", "cosine"),
-            parameterization=config.get("latent_parameterization", "epsilon"),
+            num_timesteps=process["latent_timesteps"],
+            beta_schedule=process["latent_beta_schedule"],
+            parameterization=process["latent_parameterization"],
             device="cpu",
         )
     return model, diffusion
@@ -105,6 +120,10 @@ def _build(saved: Mapping[str, Tensor], config: Any, where: Path) -> tuple[nn.Mo
 def _folders(config: Any, data: Path | None) -> tuple[Path, Path]:
     """Where tokens and latents lie."""
     if data is not None:
+        for split in ("", "test", "train"):  # held-out rows before those of training
+            tokens, latents = data / "tokens" / split, data / "latents" / split
+            if next(tokens.glob("*.npz"), None) is not None:
+                return tokens, latents
         return data / "tokens", data / "latents"
     named = [config.get("data", {}).get(f"{kind}_dir") for kind in ("token", "latent")]
     if None in named:
