@@ -12,8 +12,8 @@ from launch import KEEP, WITH_CYCLE
 from cyclevae.adapters.latentdlm import with_cycle
 
 ENTRIES = ["train_mmdit_stable.py", "train_mmdit.py"]
-V = {"latent_parameterization": "v_param"}
-CYCLE = {"loss.loss_type": "cycle_vae", **V}
+X0 = {"latent_parameterization": "x0"}
+CYCLE = {"loss.loss_type": "cycle_vae", **X0}
 RESUME = "from cyclevae.adapters.latentdlm import resume, with_cycle"
 
 
@@ -78,7 +78,7 @@ def test_the_modes_of_the_host_stay_bit_for_bit(train, entry):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"latent_parameterization": "epsilon"}, "latent_parameterization: v_param"),
+        ({"latent_parameterization": "epsilon"}, "latent_parameterization: x0"),
         ({"loss.cycle_text_wieght": 1.0}, "cycle_text_weight"),
         ({"loss.loss_type": "cycle_vea"}, "cycle_vae"),
     ],
@@ -95,14 +95,14 @@ def test_the_default_of_the_host_is_refused(train):
     values = {"loss.loss_type": "cycle_vae"}
     run = train(block=WITH_CYCLE, overrides=values, check=False, steps=1)
     assert run.returncode != 0
-    assert "latent_parameterization: v_param" in run.output[run.output.rindex("ValueError") :]
+    assert "latent_parameterization: x0" in run.output[run.output.rindex("ValueError") :]
 
 
 # Checkpoints
 
 
 def test_checkpoints_are_those_of_the_host(train, train_cycle):
-    alone, beside = train(overrides={"loss.loss_type": "unconditional", **V}), train_cycle()
+    alone, beside = train(overrides={"loss.loss_type": "unconditional", **X0}), train_cycle()
     ours, theirs = beside.weights(), alone.weights()
     assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in theirs.items()}
     for block, other in ((WITH_CYCLE, alone), ("", beside)):
@@ -115,8 +115,11 @@ def test_checkpoints_are_those_of_the_host(train, train_cycle):
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("values", [CYCLE, {"loss.loss_type": "unconditional"}])
 def test_a_resumed_run_equals_one_that_never_stopped(train, entry, values):
-    """In the first epoch of one process. The model has the dropout of the host's config."""
-    values = values | {"logging.save_freq": 3}
+    """In the first epoch of one process. The model has the dropout of the host's config.
+
+    Both evaluate, before the checkpoint and after it.
+    """
+    values = values | {"logging.save_freq": 3, "logging.eval_freq": 2}
     whole = train(block=f"{WITH_CYCLE}\n{KEEP}", overrides=values, steps=6, entry=entry)
     expected = whole.weights()
     saved = whole.checkpoint.parents[1]
