@@ -63,10 +63,11 @@ class CycleTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Every evaluation draws the same noise, and leaves that of training alone."""
         batch = cv.Batch(**self._prepare_inputs(inputs))
+        evaluation, step = task.for_evaluation(self.objective), self.state.global_step
         number = len(self.evaluated["loss"]) * self.args.world_size + self.args.process_index
         generator = torch.Generator(self.args.device).manual_seed(number)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(batch, self.state.global_step, generator)
+            output = evaluation(self.model.denoiser, batch, step=step, generator=generator)
         for name, value in output.metrics.items():
             self.evaluated[name].append(torch.stack([value, torch.ones_like(value)]) * rows(batch))
         return output.loss.detach(), None, None

@@ -38,7 +38,8 @@ class CycleModule(lightning.LightningModule):
     def validation_step(self, fields: dict[str, Tensor] | cv.Batch, number: int) -> None:
         """Each validation draws the same noise, and leaves that of training alone."""
         generator = torch.Generator(self.device).manual_seed(number)
-        output = self.module(task.as_batch(fields), self.step, generator)
+        evaluation, batch = task.for_evaluation(self.module.objective), task.as_batch(fields)
+        output = evaluation(self.module.denoiser, batch, step=self.step, generator=generator)
         self.log_terms("val", output, fields)
 
     def log_terms(

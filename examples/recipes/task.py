@@ -6,6 +6,7 @@ A recipe is a training loop. What is not the loop is here, and the same for all 
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: kind to shared cores
@@ -111,6 +112,12 @@ def make_objective(data: Sentences) -> cv.CycleObjective:
     """The recommended recipe; the cycle waits for a quarter of the steps."""
     cycle = cv.CycleText(weight=cv.ramp(4.0, warmup_steps=STEPS // 4, ramp_steps=STEPS // 4))
     return cv.CycleObjective(*make_processes(data), [cv.Text(), cv.Latent(), cycle])
+
+
+def for_evaluation(objective: cv.CycleObjective) -> cv.CycleObjective:
+    """Its base losses: a cycle's falls in bad runs too, and wants rows without a partner."""
+    base = [term for term in objective.terms if isinstance(term, cv.Text | cv.Latent)]
+    return replace(objective, terms=base or objective.terms)
 
 
 def measure(network: nn.Module, data: Sentences, objective: cv.CycleObjective) -> dict[str, float]:

@@ -19,11 +19,17 @@ import cyclevae as cv
 from cyclevae.testing import ToyNetwork, assert_learns, check_denoiser, toy_batch, toy_denoiser
 from cyclevae.testing._draws import SameDraws
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "recipes"))
+benches = sys.modules.pop("plain", None)  # examples/bench has a file of this name too
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "recipes"))
 
+import plain
+import task
 from hf_trainer import CycleTrainer
 from lightning_module import CycleModule, TwoOptimizers
 from masked_lm import LatentPrefix
+
+del sys.path[0], sys.modules["plain"]
+sys.modules |= {} if benches is None else {"plain": benches}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks' own
 
@@ -75,6 +81,16 @@ class Rows(Dataset):
     def __getitem__(self, i):
         fields = self.batch._asdict()
         return {name: part[i] for name, part in fields.items() if part is not None}
+
+
+PAIRS = ("tokens", "attention_mask", "latents")
+
+
+class Pairs(Rows):
+    """To evaluate: no text and no latent is without its partner."""
+
+    def __getitem__(self, i):
+        return {name: part for name, part in super().__getitem__(i).items() if name in PAIRS}
 
 
 class SameDrawsModule(cv.StepModule):
@@ -158,7 +174,7 @@ def trainer(tmp_path, module, rows=None, **options):
         module,
         TrainingArguments(**defaults | options),
         train_dataset=rows or Rows(),
-        eval_dataset=Rows(),
+        eval_dataset=Pairs(),
         data_collator=collator,
     )
 
@@ -178,6 +194,7 @@ def trainer(tmp_path, module, rows=None, **options):
     ids=["plain", "bf16", "labels", "batches", "best", "start", "compiled", "loss only"],
 )
 def test_the_trainer_evaluates_saves_and_resumes(options, non_finite, tmp_path):
+    """Tied weights, too: https://github.com/huggingface/transformers/issues/33807."""
     module = step_module(non_finite)
     whole = trainer(tmp_path, module, **options)
     whole.train()
@@ -187,6 +204,7 @@ def test_the_trainer_evaluates_saves_and_resumes(options, non_finite, tmp_path):
     assert len(trained) == 4 and len(evaluated) == 2 + ("eval_on_start" in options)
     for entry in evaluated:
         assert entry["eval_text_loss"] > 0 and "text_loss" not in entry
+        assert "eval_cycle_text_loss" not in entry
         assert entry["eval_loss"] == pytest.approx(entry["eval_loss"])
     for entry in trained:
         assert isinstance(entry["text_loss"], float) and "eval_text_loss" not in entry
@@ -210,6 +228,23 @@ def test_the_trainer_leaves_out_a_step_that_is_not_finite(tmp_path):
         assert not equal(weights(module), before)
 
 
+# The plain loop, and Hydra's
+
+
+def test_the_plain_loop_leaves_out_a_step_that_is_not_finite(monkeypatch):
+    """As Hydra's `+objective.non_finite=skip` asks."""
+    module = step_module("skip")
+    before = weights(module)
+    options = {"epochs": 1, "batch": 4, "learning_rate": 0.1}
+    monkeypatch.setattr(task, "Mixed", lambda _: Holed())
+    with cv.check_values(False):
+        plain.train(module.network, module.objective, None, **options)
+    assert equal(weights(module), before)
+    monkeypatch.setattr(task, "Mixed", lambda _: Rows())
+    plain.train(module.network, module.objective, None, **options)
+    assert not equal(weights(module), before)
+
+
 # Lightning
 
 
@@ -223,7 +258,7 @@ def fit(module, tmp_path, checkpoint=None, rows=None, collate_fn=None, **options
         log_every_n_steps=1,
         **options,
     )
-    loaders = [DataLoader(rows or Rows(), 2, collate_fn=collate_fn), DataLoader(Rows(), 4)]
+    loaders = [DataLoader(rows or Rows(), 2, collate_fn=collate_fn), DataLoader(Pairs(), 4)]
     trainer.fit(module, *loaders, ckpt_path=checkpoint)
     return trainer
 
@@ -245,7 +280,8 @@ def test_lightning_validates_saves_and_loads(options, non_finite, tmp_path):
     assert all(value.is_floating_point() for value in logged.values())
     before = logged["val/text_loss"].item()
     assert (
-        trainer.validate(module, DataLoader(Rows(), 4), verbose=False)[0]["val/text_loss"] == before
+        trainer.validate(module, DataLoader(Pairs(), 4), verbose=False)[0]["val/text_loss"]
+        == before
     )  # the same draws
     saved = trainer.checkpoint_callback.best_model_path
     given = {"network": Tied(), "objective": module.module.objective}
@@ -278,7 +314,10 @@ class Half(nn.Module):
 
 
 def test_two_optimizers_take_turns(tmp_path):
-    """`global_step` goes by two, so that a cycle of every other step would run always, or never."""
+    """`global_step` goes by two, so that a cycle of every other step would run always, or never.
+
+    https://github.com/Lightning-AI/pytorch-lightning/issues/17958
+    """
     network = cv.EncoderDecoder(Half(1), Half(0))
     terms = [cv.Text(), cv.Latent(), cv.CycleText(every=2)]
     objective = cv.CycleObjective(*toy_denoiser()[1:], terms)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -13,7 +14,8 @@ def alive(parameters: Sequence[Tensor]) -> Iterator[None]:
 
     A gate or a head at 0 silences what stands before it, so that nothing could be seen.
     """
-    with _changed([p for p in parameters if p.is_floating_point()], _grown):
+    known = [p for p in parameters if not is_lazy(p)]
+    with _changed([p for p in known if p.is_floating_point()], _grown):
         yield
 
 

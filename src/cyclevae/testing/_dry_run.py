@@ -1,5 +1,6 @@
 """A batch that a denoiser is tried on, and how it is read."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class DryRun(NamedTuple):
             tokens = tokens.masked_fill(~self.mask, padding)
         time = torch.ones(len(tokens), device=tokens.device)
         torch.manual_seed(self.seed)
+        random.seed(self.seed)  # self-conditioning, stochastic depth
         return self.denoiser.denoise(
             tokens,
             self.latents,

@@ -1,5 +1,6 @@
 """Is a model a denoiser, in the wrappers it will be trained in."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -87,7 +88,8 @@ def check_denoiser(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     learning = [p for p in parameters if p.requires_grad]
     _check_norms(module)
-    with torch.random.fork_rng(devices), evaluating(module), alive(learning):
+    forked = torch.random.fork_rng(devices), _python_random()
+    with forked[0], forked[1], evaluating(module), alive(learning):
         where = torch.device(device)
         dry = fitting(partial(DryRun.of, denoiser, text_process, shape, where, dtype), lengths)
         if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
@@ -130,6 +132,8 @@ def _check_norms(module: object) -> None:
 def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
     try:
         full = dry.outputs(mode)
+        with torch.no_grad():
+            alone = dry.row().outputs(mode)
     except ValueError as error:
         raise AssertionError(f"{mode}: {error}") from error
     later = torch.arange(len(dry.tokens), device=dry.tokens.device) > 0
@@ -137,8 +141,7 @@ def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
     others = others._replace(latents=_where(later, 0.5 - dry.latents, dry.latents))
     with torch.no_grad():
         again, repadded = dry.outputs(mode), dry.outputs(mode, padding=int(dry.tokens[0, 0]))
-        beside, alone = others.outputs(mode), dry.row().outputs(mode)
-        reseeded = dry._replace(seed=1).outputs(mode)
+        beside, reseeded = others.outputs(mode), dry._replace(seed=1).outputs(mode)
     for name, value in full.items():
         if not bool(torch.isfinite(value).all()):
             raise AssertionError(f"{mode}: the {name} hold NaN or infinity")
@@ -284,6 +287,16 @@ def _close(left: Tensor, right: Tensor, spread: float = 0.0) -> bool:
 
 def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *[1] * (one.ndim - 1)), one, other)
+
+
+@contextmanager
+def _python_random() -> Iterator[None]:
+    """The state of Python's own random numbers, put back."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager
