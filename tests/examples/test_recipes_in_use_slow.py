@@ -22,11 +22,11 @@ from cyclevae.testing._draws import SameDraws
 benches = sys.modules.pop("plain", None)  # examples/bench has a file of this name too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "recipes"))
 
-import plain
-import task
-from hf_trainer import CycleTrainer
-from lightning_module import CycleModule, TwoOptimizers
-from masked_lm import LatentPrefix
+import plain  # noqa: E402
+import task  # noqa: E402
+from hf_trainer import CycleTrainer  # noqa: E402
+from lightning_module import CycleModule, TwoOptimizers  # noqa: E402
+from masked_lm import LatentPrefix  # noqa: E402
 
 del sys.path[0], sys.modules["plain"]
 sys.modules |= {} if benches is None else {"plain": benches}
