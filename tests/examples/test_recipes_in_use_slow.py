@@ -212,6 +212,8 @@ def test_the_trainer_evaluates_saves_and_resumes(options, non_finite, tmp_path):
     if "load_best_model_at_end" not in options:
         assert again["eval_text_loss"] == evaluated[-1]["eval_text_loss"]  # the same draws
     other = step_module(non_finite)
+    predicted = whole.predict(Pairs())
+    assert predicted.predictions is None and predicted.metrics["test_text_loss"] > 0
     resumed = trainer(tmp_path, other, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert equal(weights(other), weights(module))
@@ -302,6 +304,17 @@ def test_lightning_leaves_out_a_step_that_is_not_finite(tmp_path):
         holed = torch.utils.data.Subset(Holed(), [2, 3])
         fit(module, tmp_path, rows=holed)
         assert equal(weights(module), before)
+
+
+def test_lightning_averages_weights(tmp_path):
+    """Its callback copies the whole module: the copy must read its own network."""
+    module = CycleModule(step_module().network, step_module().objective)
+    averaging = lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5)
+    start = weights(module)
+    fit(module, tmp_path, callbacks=[averaging])
+    copied = averaging._average_model.module.module
+    assert copied.denoiser.network is copied.network is not module.module.network
+    assert not equal(weights(module), start)
 
 
 class Half(nn.Module):

@@ -46,7 +46,7 @@ once = functools.cache(run)  # what several tests look at
 
 
 @pytest.fixture(scope="module")
-def plain(cache):
+def plain(few_epochs):
     return once("plain")
 
 

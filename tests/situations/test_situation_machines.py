@@ -43,6 +43,20 @@ def test_a_default_device_is_not_that_of_the_batch(objective):
     torch.testing.assert_close(found, gradients, rtol=0, atol=0)
 
 
+def test_objects_are_made_under_any_default_device():
+    """What a number says is worked out on the host, for no wait and no crash."""
+
+    def late(t):
+        return (1 - t**2).sqrt(), t
+
+    with torch.device("meta"):
+        for options in RECIPES.values():
+            objective = recipe(options)
+            assert cv.CycleObjective.from_config(objective.to_config()) == objective
+        cv.LatentProcess(late, prediction="v")
+        assert cv.TimePolicy("logit_normal").average() > 0
+
+
 @every_recipe
 def test_deterministic_algorithms_are_enough(objective):
     """Who sets `use_deterministic_algorithms`: what has no such algorithm raises."""

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cyclevae._base.types import Number
@@ -62,7 +62,7 @@ class Teacher(nn.Module):
                     "weights in float32 and use autocast"
                 )
         self.decay = decay
-        self.network = copy.deepcopy(source).requires_grad_(False)
+        self.network = copy.deepcopy(source, _computed(source)).requires_grad_(False)
         self.denoiser = as_denoiser(self.network)
         self.train(False)
 
@@ -94,3 +94,9 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode: a teacher has no dropout."""
         return super().train(False)
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """Copies of weights that the last forward computed, as `weight_norm` does: they cannot be."""
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and x.grad_fn}

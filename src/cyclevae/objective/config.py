@@ -266,7 +266,7 @@ def _number(value: str, choices: Sequence[Any]) -> int | float | None:
 
 def _tensor(path: str, value: Sequence[Any]) -> Tensor:
     try:
-        return torch.tensor(_as_plain(value), dtype=torch.get_default_dtype())
+        return torch.tensor(_as_plain(value), dtype=torch.get_default_dtype(), device="cpu")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`{path}` must be numbers of one shape, got {value!r}") from error
 

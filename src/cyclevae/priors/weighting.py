@@ -94,7 +94,7 @@ def _steps(latent_process: LatentProcess, low: Number, high: Number) -> tuple[in
             f"`low` and `high` must be times in [0, 1], `low` at least {1 / (STEPS - 1):.3f} below "
             f"`high`, got {low!r} and {high!r}"
         )
-    ends = torch.tensor([first, last])
+    ends = torch.tensor([first, last], device="cpu")
     if checks.reads_values(ends):
         snr = latent_process.snr(_time_of(ends)).tolist()
         if not math.inf > snr[0] > snr[1] > 0:

@@ -314,7 +314,7 @@ class LatentProcess:
         if self.prediction == space or torch.compiler.is_compiling():
             return
         if not isinstance(time, Tensor):
-            time = torch.tensor([time], dtype=torch.float64)
+            time = torch.tensor([time], dtype=torch.float64, device="cpu")
         elif not checks.reads_values(time):
             return
         if not len(time):

@@ -101,7 +101,7 @@ class TimePolicy:
             return None
         share = {"full": 1.0, "uniform": 0.5}.get(self.distribution)
         if share is None:
-            u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+            u = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096
             share = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).mean().item()
         return self.low + (self.high - self.low) * share
 

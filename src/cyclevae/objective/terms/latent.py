@@ -99,7 +99,7 @@ class Latent(Term):
             process.refuse_ill_conditioned(end, space=space)
         if self.min_snr is None:
             return
-        times = torch.linspace(*ends, 100, dtype=torch.float64)
+        times = torch.linspace(*ends, 100, dtype=torch.float64, device="cpu")
         weight = min_snr_weight(process, times, space=space, gamma=self.min_snr).max().item()
         if weight < _NOTHING:
             raise ValueError(
