@@ -66,7 +66,7 @@ def chance(logits: Logits, tokens: Tokens, mask: Mask, latents: Latents) -> Chan
         words=count,
         accuracy=_share((found == words) & kept, count),
         guess=_share(guessed & kept, count),
-        loss=(nats * kept).sum().item() / max(count, 1),
+        loss=nats[kept].sum().item() / max(count, 1),
         entropy=entropy / max(count, 1),
         alike=copies.max().item() / len(latents),
     )

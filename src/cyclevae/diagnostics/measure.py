@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import Logits, Number
+from cyclevae._base.types import Number
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.bridges.text import pseudo_text
 from cyclevae.diagnostics._measuring import measuring, seeded, statistics
@@ -114,7 +116,7 @@ def cycle_report(
         cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
         checks.check_latents("z_hat", z_hat, cure="has training diverged?")
         checks.check_latents("z_hat of the latent cycle", cycled, cure="has training diverged?")
-        _check_finite(logits)
+        _check_finite(logits[mask])
         base = t2l_loss(*pairs, time=time, noise=noise, **processes)
 
     total = latents.cpu().double().var(dim=0, correction=0).sum()  # the error of the mean
@@ -149,7 +151,7 @@ def cycle_report(
     )
 
 
-def _check_finite(logits: Logits) -> None:
+def _check_finite(logits: Float[Tensor, "words v"]) -> None:
     """Words may be forbidden by minus infinity; anything else that is no number compares as ok."""
     bad = logits.isnan() | logits.isposinf()
     if bool(bad.any()):
