@@ -42,10 +42,14 @@ def main(checkpoint: Path | None) -> None:
         accumulated = [cv.Batch(**next(parts)) for _ in range(ACCUMULATE)]
         counts = cv.pool_counts([objective.counts(batch) for batch in accumulated])
         optimizer.zero_grad()
+        skip = False
         for batch in accumulated:
             with nullcontext() if batch is accumulated[-1] else ddp.no_sync():
-                ddp(batch, step, counts=counts).loss.backward()
-        optimizer.step()
+                output = ddp(batch, step, counts=counts)
+                output.loss.backward()
+            skip |= bool(output.skip)  # None, but for non_finite="skip"; ranks agree
+        if not skip:
+            optimizer.step()
         if checkpoint and rank == 0 and (step + 1) % 20 == 0:
             unfinished = checkpoint.with_suffix(".tmp")
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}

@@ -40,7 +40,8 @@ def main() -> None:
             output = objective(denoiser, batch, step=step, counts=counts)
             optimizer.zero_grad()
             output.loss.backward()
-            optimizer.step()
+            if not output.skip:  # None, but for non_finite="skip"; ranks agree
+                optimizer.step()
             step += 1
     whole = get_model_state_dict(
         network, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -114,8 +114,10 @@ def make_objective(data: Sentences) -> cv.CycleObjective:
     return cv.CycleObjective(*make_processes(data), [cv.Text(), cv.Latent(), cycle])
 
 
-def for_evaluation(objective: cv.CycleObjective) -> cv.CycleObjective:
+def for_evaluation(objective: cv.CycleObjective | cv.Phases) -> cv.CycleObjective:
     """Its base losses: a cycle's falls in bad runs too, and wants rows without a partner."""
+    if isinstance(objective, cv.Phases):
+        objective = objective.objectives[0]
     base = [term for term in objective.terms if isinstance(term, cv.Text | cv.Latent)]
     return replace(objective, terms=base or objective.terms)
 

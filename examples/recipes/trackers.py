@@ -29,7 +29,8 @@ with (
             output = objective(denoiser, cv.Batch(**fields), step=step)
             optimizer.zero_grad()
             output.loss.backward()
-            optimizer.step()
+            if not output.skip:  # None, but for non_finite="skip"
+                optimizer.step()
             if step % 10 == 0:
                 values = torch.stack(list(output.metrics.values())).tolist()  # the only wait
                 logged = {

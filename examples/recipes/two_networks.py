@@ -39,7 +39,8 @@ for epoch in range(task.EPOCHS):
         output = objective(denoiser, cv.Batch(**fields), step=step)
         output.loss.backward()
         for optimizer in optimizers:
-            optimizer.step()
+            if not output.skip:  # None, but for non_finite="skip"
+                optimizer.step()
             optimizer.zero_grad()
         step += 1
 task.report("two_networks", task.measure(network, data, objective))

@@ -233,6 +233,16 @@ def test_the_trainer_leaves_out_a_step_that_is_not_finite(tmp_path):
 # The plain loop, and Hydra's
 
 
+def test_what_is_evaluated_are_base_losses():
+    terms = [cv.Text(), cv.CycleLatent(), cv.Latent(), cv.CycleText()]
+    objective = step_module("skip", terms).objective
+    three = cv.phases(objective, latent_cycle_from=1, full_gradient_from=2)
+    for each in (objective, three):
+        assert [term.name for term in task.for_evaluation(each).terms] == ["text", "latent"]
+    alone = step_module(terms=[cv.CycleText()]).objective
+    assert task.for_evaluation(alone) == alone
+
+
 def test_the_plain_loop_leaves_out_a_step_that_is_not_finite(monkeypatch):
     """As Hydra's `+objective.non_finite=skip` asks."""
     module = step_module("skip")
