@@ -4,7 +4,8 @@
 
 runs `train_mmdit_stable.py` of the checkout HOST for l2t, t2l, random and cycle_vae, measures the
 kept checkpoints on held-out files, and writes `latentdlm.json` and `latentdlm.svg` to FOLDER. It
-needs the extras `demo` and `host`. A run that is complete is not run again.
+needs the extras `demo` and `host`. A run that is complete is not run again. The ablation of the
+cycles is `--modes unconditional text_cycle latent_cycle cycle_vae`.
 """
 
 import argparse
@@ -43,7 +44,23 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).resolve().parent
 ENTRY = "train_mmdit_stable.py"
-COLOURS = {"l2t": "#7f7f7f", "t2l": "#2ca02c", "random": "#1f77b4", "cycle_vae": "#d62728"}
+COLOURS = {
+    "l2t": "#7f7f7f",
+    "t2l": "#2ca02c",
+    "random": "#1f77b4",
+    "cycle_vae": "#d62728",
+    "unconditional": "#8c564b",
+    "base": "#17becf",
+    "text_cycle": "#9467bd",
+    "latent_cycle": "#ff7f0e",
+}
+MODES = ("l2t", "t2l", "random", "cycle_vae")
+CYCLES: dict[str, dict[str, Any]] = {  # loss_type cycle_vae, and what is off
+    "cycle_vae": {},
+    "base": {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0},
+    "text_cycle": {"cycle_latent_weight": 0.0},
+    "latent_cycle": {"cycle_text_weight": 0.0},
+}
 PARTS = ("unconditional", "l2t", "t2l")  # of which `random` draws one per step, evenly
 PANELS = {  # a measure: what it is, and who has not learned it at all
     "ce": ("L2T cross-entropy, nats per token", "t2l"),
@@ -63,6 +80,7 @@ class Setup:
     batch: int
     points: int
     seed: int
+    parameterization: str
 
 
 def main() -> int:
@@ -75,33 +93,38 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sentences", type=int, help="how many to find (default: all there are)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--modes", nargs="+", choices=list(COLOURS), default=list(MODES))
+    parser.add_argument("--parameterization", choices=("x0", "v_param"), default="x0")
     given = parser.parse_args()
     host, folder = given.host.resolve(), given.folder.resolve()
     if not (host / PACKAGE / ENTRY).is_file():
         parser.error(f"expected a checkout of LGDLM, got {host}, which has no {PACKAGE}/{ENTRY}")
     sys.path.insert(0, str(host))
-    setup = Setup(host, folder, given.steps, given.batch, given.points, given.seed)
+    setup = Setup(
+        *(host, folder, given.steps, given.batch, given.points, given.seed),
+        parameterization=given.parameterization,
+    )
     if not (folder / "data/normaliser.safetensors").exists():  # what is written last
         shutil.rmtree(folder / "data", ignore_errors=True)
         write_sentences(folder / "data", given.sentences, progress=True)
 
-    costs = {mode: _costs(setup, mode) for mode in (*PARTS, "cycle_vae")}
+    costs = {mode: _costs(setup, mode) for mode in {*PARTS, "cycle_vae", *given.modes} - {"random"}}
     costs["random"] = Costs(0, *[sum(costs[part].later for part in PARTS) / len(PARTS)] * 2)
     budget = costs["cycle_vae"].until(setup.steps)
-    steps = {mode: round(budget / costs[mode].later) for mode in COLOURS}
-    steps["cycle_vae"] = setup.steps
+    steps = {mode: costs[mode].steps(budget) for mode in given.modes}
     print(f"{budget:.1f} TFLOP each: " + ", ".join(f"{n} steps of {m}" for m, n in steps.items()))
     with ThreadPoolExecutor(given.jobs) as pool:
-        places = range(len(COLOURS))
-        list(pool.map(lambda mode, place: _train(setup, mode, steps[mode], place), COLOURS, places))
+        places = range(len(steps))
+        list(pool.map(lambda mode, place: _train(setup, mode, steps[mode], place), steps, places))
     curves = {}
-    for mode in COLOURS:
+    for mode in steps:
         trainer = _trainer(setup, mode)
         curves[mode] = [
             {"step": step, "tflop": costs[mode].until(step), **_measure(trainer, path, setup)}
             for step, path in tqdm(_kept(folder / mode), f"measuring {mode}")
         ]
     found = {"cyclevae": cv.__version__, "batch": setup.batch, "seed": setup.seed}
+    found |= {"latent_parameterization": setup.parameterization}
     found |= {"train": len(list((folder / "data/tokens/train").iterdir())), "curves": curves}
     (folder / "latentdlm.json").write_text(json.dumps(found, indent=1) + "\n")
     _plot(curves, folder / "latentdlm.svg")
@@ -112,11 +135,12 @@ def main() -> int:
 def _values(setup: Setup, mode: str) -> dict[str, Any]:
     """The config of a run, on top of the host's `mmdit_stable.yaml`."""
     loss: dict[str, Any] = {"loss_type": mode, "latent_loss_weight": 0.1}
-    if mode == "cycle_vae":
+    if mode in CYCLES:
         loss = OmegaConf.to_container(OmegaConf.load(HERE / "cycle_vae.yaml").loss)
+        loss |= CYCLES[mode]
         loss["cycle_warmup_steps"] = loss["cycle_ramp_steps"] = _warm_up(setup)
     return {
-        "latent_parameterization": "v_param",
+        "latent_parameterization": setup.parameterization,
         **{f"loss.{key}": value for key, value in loss.items()},
         "data.token_dir": str(setup.folder / "data/tokens/train"),
         "data.latent_dir": str(setup.folder / "data/latents/train"),
@@ -209,9 +233,13 @@ class Costs(NamedTuple):
     def until(self, step: int) -> float:
         return self.first * min(step, self.warm_up) + self.later * max(0, step - self.warm_up)
 
+    def steps(self, budget: float) -> int:
+        """How many a budget pays for."""
+        return round(self.warm_up + (budget - self.until(self.warm_up)) / self.later)
+
 
 def _costs(setup: Setup, mode: str) -> Costs:
-    warm_up = _warm_up(setup) if mode == "cycle_vae" else 0
+    warm_up = _warm_up(setup) if mode in CYCLES else 0
     trainer = with_cycle(_trainer(setup, mode))
     length, dim = trainer.config.model.max_seq_len, trainer.config.model.latent_dim
     batch = {

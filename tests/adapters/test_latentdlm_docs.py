@@ -1,11 +1,15 @@
 """The YAML for the host names every key, with its default."""
 
+import logging
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
+from cyclevae.adapters.latentdlm import with_cycle
 from cyclevae.adapters.latentdlm.config import LossKeys
+from latentdlm_host import make_batch, make_host
 
 ROOT = Path(__file__).parents[2]
 RECOMMENDED = {"base_loss", "cycle_warmup_steps", "cycle_ramp_steps"}
@@ -21,3 +25,13 @@ def test_the_yaml_holds_every_key_with_its_default():
     names = [f.name for f in fields(LossKeys)]
     assert set(loss) == set(names)
     assert {n for n in names if getattr(keys, n) != getattr(default, n)} == RECOMMENDED
+
+
+def test_the_page_quotes_what_the_yaml_says(caplog):
+    caplog.set_level(logging.INFO, "cyclevae")
+    loss = yaml.safe_load((ROOT / "examples" / "latentdlm" / "cycle_vae.yaml").read_text())["loss"]
+    trainer = with_cycle(make_host(parameterization="x0", quick=True, **loss))
+    trainer(make_batch(), step=0)
+    page = (ROOT / "docs" / "latentdlm.md").read_text()
+    quoted = re.search("`(cyclevae: step 0: [^`]*)`", page)[1].replace("\n", " ")
+    assert caplog.messages == [quoted]
