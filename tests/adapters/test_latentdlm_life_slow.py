@@ -138,6 +138,12 @@ def test_no_dead_checkpoint_is_loaded(tmp_path):
     assert all(torch.equal(before[n], w) for n, w in trainer.state_dict().items())
 
 
+def test_fp16_is_refused():
+    with pytest.raises(ValueError, match=r"`training.dtype` is fp16, .* take bf16 or fp32"):
+        cycle(dtype=torch.float16)
+    cycle(dtype=torch.float16, loss_type="l2t")  # the host's own affair
+
+
 # Warm starts
 
 

@@ -109,6 +109,11 @@ class CycleTrainer(nn.Module):
                 _log.info("cyclevae: loss_type %s does not use %s", mode, ", ".join(unread))
             self._objective = None
             return
+        if self.host.dtype == torch.float16:
+            raise ValueError(
+                "`training.dtype` is fp16, in which the host keeps its weights: the eps of its "
+                "optimizer is 0 there, and the first step makes NaN of them; take bf16 or fp32"
+            )
         if keys.unused():
             _log.info("cyclevae: no effect here: %s", ", ".join(keys.unused()))
         compiles = getattr(getattr(config, "training", None), "compile_model", False)
