@@ -7,6 +7,7 @@ otherwise.
 
 import difflib
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -169,6 +170,26 @@ def check_finite(name: str, tensor: Tensor, cure: str) -> None:
                 f"`{name}` must be finite, got NaN or infinity in {len(rows)} of {len(bad)} rows "
                 f"(first: row {rows[0]}); {cure}"
             )
+
+
+def warn_without_graph(name: str, *tensors: Tensor, cure: str, depth: int = 2) -> None:
+    """Say once for each place that a loss teaches nobody, which is no error, but rarely meant.
+
+    The place is `depth` calls up. Quiet under `torch.no_grad`, where nothing is to be taught.
+    """
+    if not torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
+        return
+    if torch.compiler.is_compiling() or any(t.is_meta or transformed(t) for t in tensors):
+        return
+    warnings.warn(
+        f"`{name}` has no graph, so that nobody learns from it: {cure}. To measure without a "
+        "gradient, say so by torch.no_grad()",
+        stacklevel=depth + 1,
+    )
+
+
+# what makes latents detaches them by default, because most cycles want that
+ENCODE_WITH_GRAPH = "encode_text(..., policy=GradientPolicy('full')) makes latents that have one"
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -49,6 +49,8 @@ def rloo_surrogate(
             "`log_probs` must be [k, b] with k of at least 2, because the baseline of a sample is "
             f"the mean of the others, got {list(log_probs.shape)}"
         )
+    cure = "take them by text_log_prob of logits that have one"
+    checks.warn_without_graph("log_probs", log_probs, cure=cure)
     rewards = fp32(rewards.detach())
     rewards = rewards - rewards[:1]  # near rewards far from 0 lose nothing by this, much by a sum
     others = (rewards.sum(dim=0) - rewards) / (samples - 1)

@@ -65,6 +65,7 @@ def infonce_loss(
     checks.check_same_shape("z_hat", z_hat, "latents", latents)
     checks.check_latents("z_hat", z_hat, cure="has training diverged?")
     checks.check_latents("latents", latents)
+    checks.warn_without_graph("z_hat", z_hat, latents, cure=checks.ENCODE_WITH_GRAPH)
     if len(z_hat) < 2:
         raise ValueError(
             f"`z_hat` needs at least 2 rows to compare, got shape {list(z_hat.shape)}; raise the "

@@ -134,6 +134,10 @@ def cycle_latent_loss(
         check_logits(logits, mask, text_process)
     latent_process.refuse_ill_conditioned(time)
     time = checks.as_time("time", time, latents)
+    given = logits if y_hat is None else y_hat
+    if policy.bridge != "detach" and given is not None and given.is_floating_point():
+        cure = f"policy.bridge={policy.bridge!r} teaches what made it; make it outside of detach()"
+        checks.warn_without_graph("logits" if y_hat is None else "y_hat", given, cure=cure)
     if y_hat is not None:
         texts = [y_hat.detach() if policy.bridge == "detach" else y_hat]
     else:

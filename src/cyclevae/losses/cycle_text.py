@@ -102,6 +102,9 @@ def cycle_text_loss(
         )
     elif policy.bridge == "detach":
         z_hat = z_hat.detach()
+    else:
+        cure = f"policy.bridge={policy.bridge!r} teaches what made it; {checks.ENCODE_WITH_GRAPH}"
+        checks.warn_without_graph("z_hat", z_hat, cure=cure)
     checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
     crossing = bridge.noised(z_hat, generator=generator)
     with policy.reading_pass(denoiser):

@@ -95,6 +95,9 @@ def text_marginal_loss(
     checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
     kept = checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
     relaxed = tokens.is_floating_point()
+    if relaxed:  # the model learns from ids alone
+        cure = "make the relaxed text outside of detach(), or give its ids to teach the model"
+        checks.warn_without_graph("tokens", tokens, cure=cure)
     words, taught = text_process.targets(tokens, kept)
     ids = words.argmax(dim=-1) if relaxed else words
     if noise is None:

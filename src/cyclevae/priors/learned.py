@@ -132,6 +132,7 @@ def learned_prior(
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     check_frozen(teacher)
     checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
+    checks.warn_without_graph("z", z, cure=checks.ENCODE_WITH_GRAPH)
     checks.check_rows("attention_mask", attention_mask, "z", z)
     mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
     z, mask = z.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
