@@ -11,12 +11,15 @@ magnitudes = st.sampled_from([1e-6, 1.0, 30.0, 1e6])
 
 
 @st.composite
-def masks(draw, rows=None, length=None):
-    """Any bool mask `[b, s]`; holes, empty rows and full padding included."""
+def masks(draw, rows=None, length=None, kept=False):
+    """Any bool mask `[b, s]`; holes and, unless `kept`, empty rows and full padding included."""
     rows = draw(st.integers(1, 4)) if rows is None else rows
     length = draw(st.integers(1, 5)) if length is None else length
     bits = draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length))
-    return torch.tensor(bits).view(rows, length)
+    mask = torch.tensor(bits).view(rows, length)
+    if kept:
+        mask[:, draw(st.integers(0, length - 1))] |= ~mask.any(dim=1)
+    return mask
 
 
 @st.composite

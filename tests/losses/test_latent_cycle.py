@@ -584,10 +584,14 @@ def test_shapes_are_checked():
 def test_rows_without_words_and_no_rows_at_all(bridge, rows):
     spy = shared()
     mask = torch.zeros(rows, 3).bool()
+    if rows:
+        with pytest.raises(ValueError, match="`attention_mask` must keep a position or more"):
+            cycle(spy, bridge, torch.zeros(rows, 4).double(), mask)
     policy = FULL if TextBridge.of(bridge).has_gradient else DETACH
     z = torch.randn(rows, 4).double()
     for reduction in ("mean", "sum", "nats"):
-        loss = cycle(spy, bridge, z, mask, noise=z, policy=policy, reduction=reduction)
+        with cv.check_values(False):
+            loss = cycle(spy, bridge, z, mask, noise=z, policy=policy, reduction=reduction)
         assert loss.isfinite() and (rows or loss == 0)
         found = gradients(loss, spy.module)
         assert all(g.isfinite().all() for g in found.values())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from cyclevae import check_values
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.losses.text import text_loss
 from cyclevae.losses.text_marginal import text_marginal_loss
@@ -55,7 +56,7 @@ def one_hot(tokens):
 
 def words(rows=3, length=4, seed=0):
     tokens = torch.randint(3, 7, (rows, length), generator=seeded(seed))
-    mask = torch.arange(length) < torch.tensor([length, 2, 1, 0])[:rows, None]
+    mask = torch.arange(length) < torch.tensor([length, 2, 1, 3])[:rows, None]
     return tokens * mask, mask
 
 
@@ -318,10 +319,11 @@ def test_nan_logits_at_padding(relaxed):
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_nothing_to_read(relaxed):
     denoiser = toy_denoiser()[0]
-    for rows, mask in ((2, torch.zeros(2, 3)), (0, torch.ones(0, 3))):
+    for rows, mask in ((2, torch.zeros(2, 3).bool()), (0, torch.ones(0, 3).bool())):
         tokens = torch.full((rows, 3), 4)
         text = one_hot(tokens).requires_grad_() if relaxed else tokens
-        value = marginal(denoiser, text, mask)
+        with check_values(False):
+            value = marginal(denoiser, text, mask)
         assert value.item() == 0 and value.requires_grad
 
 

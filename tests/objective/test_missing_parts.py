@@ -148,7 +148,7 @@ def test_every_pass_sees_texts_that_are_there():
 
 def test_a_text_is_borrowed_from_the_next_row_that_has_one():
     tokens = pairs().tokens
-    rows = arrange(marked(pairs()), TEXT, LATENT).borrowed()
+    rows = arrange(marked(pairs()), TEXT, LATENT).borrowed(TEXT.mask_id)
     assert torch.equal(rows.texts.tokens, tokens[[0, 1, 3, 3, 0, 0]])
 
 

@@ -308,8 +308,10 @@ class Teacherlike(Optimal):
         (lambda t: (1 - t, (t - 0.5).abs()), ValueError, r"at time 0 and.*at 0\.01"),
         (lambda t: (1 - 2 * t, t), ValueError, "amplitudes of at least 0, got as alpha -1 to 1"),
         (lambda t: (1 / (1 - t) - 1, t), ValueError, "finite amplitudes"),
-        (lambda t: (1.0, 80 * t), TypeError, r"got as alpha a float: write torch\.ones_like\(t\)"),
-        (lambda t: (1 - t, torch.ones(())), TypeError, r"got as sigma a Tensor of shape \[\]"),
+        (lambda t: (1.0, 80 * t), ValueError, r"got as alpha a float: write torch\.ones_like\(t\)"),
+        (lambda t: 1 - t, ValueError, "be a name or a function of times"),
+        (lambda t: {} + t, ValueError, "be a name or a function of times.*TypeError"),
+        (lambda t: (1 - t, torch.ones(())), ValueError, r"got as sigma a Tensor of shape \[\]"),
     ],
 )
 @every_prediction

@@ -476,7 +476,7 @@ def test_masking_touches_nothing_else(mask, seed):
 
 @pytest.mark.parametrize(
     ("taught", "expected"),
-    [("none", [1, 0, 1, 0, 0]), ("first", [1, 1, 1, 0, 0]), ("all", [1] * 5)],
+    [("none", [1, 0, 1, 0, 0]), ("first", [1, 0, 1, 1, 0]), ("all", [1, 0, 1, 1, 1])],
 )
 def test_padding_that_the_decoder_is_taught(taught, expected):
     text = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0, taught_padding=taught)
@@ -537,8 +537,15 @@ def test_forbidden_ids():
 
 
 class Tokenizer(SimpleNamespace):
+    """As `transformers` names things; `before` and `behind` are what it adds to a text."""
+
+    before, behind = (), ()
+
     def __len__(self):
         return 12
+
+    def encode(self, text, add_special_tokens=True):
+        return [*self.before, 9, *self.behind] if add_special_tokens else [9]
 
 
 def test_from_tokenizer():
@@ -550,6 +557,8 @@ def test_from_tokenizer():
         bos_token_id=None,
         eos_token_id=None,
         all_special_ids=[4, 0, 1, 2, 3, 3],
+        before=(1,),
+        behind=(2,),
     )
     text = cv.TextProcess.from_tokenizer(bert)
     assert text == cv.TextProcess(
@@ -558,14 +567,44 @@ def test_from_tokenizer():
     assert text.forbidden_ids == (0, 1, 2, 3, 4)
 
 
-def test_from_tokenizer_without_cls_and_sep():
-    gpt = Tokenizer(mask_token_id=3, bos_token_id=5, eos_token_id=6)
-    text = cv.TextProcess.from_tokenizer(gpt)
-    assert (text.start_id, text.end_id, text.pad_id) == (5, 6, None)
-    assert text.forbidden_ids == (3, 5, 6)
-    assert cv.TextProcess.from_tokenizer(Tokenizer(mask_token_id=3)).forbidden_ids == (3,)
-    zero = Tokenizer(mask_token_id=0, cls_token_id=0, bos_token_id=5)  # 0 is an id, not a lack
-    assert cv.TextProcess.from_tokenizer(zero).start_id == 0
+@pytest.mark.parametrize(
+    ("adds", "frame"),
+    [
+        ({}, (None, None)),  # as GPT-2, which has an end and never adds it
+        ({"before": (5,)}, (5, None)),  # as Llama
+        ({"behind": (6,)}, (None, 6)),  # as T5
+        ({"before": (0,), "behind": (6,)}, (0, 6)),  # 0 is an id, not a lack
+    ],
+)
+def test_what_a_tokenizer_adds_is_asked_of_it(adds, frame):
+    names = {"bos_token_id": 5, "eos_token_id": 6, "cls_token_id": 7, "sep_token_id": 8}
+    text = cv.TextProcess.from_tokenizer(Tokenizer(mask_token_id=3, **names, **adds))
+    assert (text.start_id, text.end_id, text.pad_id) == (*frame, None)
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 4]]), 12).float()
+    if frame == (None, None):  # no word is lost to a token that texts do not carry
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        assert cv.argmax_text(logits, mask, text_process=text).tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        (
+            Tokenizer(mask_token_id=3, before=(5, 6)),
+            "makes \\[5, 6, 9\\] of a text that is \\[9\\]",
+        ),
+        (Tokenizer(mask_token_id=3, behind=(5, 6)), "one token in front"),
+        (Tokenizer(mask_token_id=3, encode=None), "cannot be asked which tokens it adds"),
+        (Tokenizer(mask_token_id=3, encode=lambda t, add_special_tokens: []), r"makes \[\] of"),
+        (Tokenizer(mask_token_id=3, unk_token_id=3), "mask and the unknown token .* both 3"),
+        (Tokenizer(mask_token_id=3, pad_token_id=3), "`pad_id` and `mask_id` are both 3"),
+        (Tokenizer(mask_token_id=3, behind=(3,)), "`end_id` and `mask_id` are both 3"),
+        (Tokenizer(mask_token_id=3, before=(3,)), "`start_id` and `mask_id` are both 3"),
+    ],
+)
+def test_a_tokenizer_whose_frame_or_mask_cannot_be_used(tokenizer, words):
+    with pytest.raises(ValueError, match=words):
+        cv.TextProcess.from_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer(), Tokenizer(mask_token_id=None)])
@@ -583,6 +622,13 @@ def test_from_tokenizer_without_a_mask_token(tokenizer):
         ({"start_id": 7}, "`start_id` .* got 7"),
         ({"end_id": -2}, "`end_id` .* got -2"),
         ({"special_ids": (1, 8)}, r"`special_ids\[1\]` .* got 8"),
+        ({"pad_id": 2}, "`pad_id` and `mask_id` are both 2.* or leave `pad_id` out"),
+        ({"end_id": 2, "end": "predicted"}, "`end_id` and `mask_id` are both 2"),
+        ({"mask_id": None}, "`mask_id` must be an integer id, got None"),
+        ({"mask_id": "2"}, "`mask_id` must be an integer id, got '2'"),
+        ({"start_id": 3.0}, "`start_id` must be an integer id, got 3.0"),
+        ({"special_ids": (1, None)}, r"`special_ids\[1\]` must be an integer id, got None"),
+        ({"vocab_size": 7.0}, "`vocab_size` must be an integer of at least 1, got 7.0"),
         ({"special_ids": tuple(range(7))}, "every id of the vocabulary is forbidden"),
     ],
 )

@@ -8,7 +8,8 @@ otherwise.
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -96,12 +97,42 @@ def check_type(name: str, value: object, kind: type) -> None:
         raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}")
 
 
-def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
-    """Tokens are integer ids `[b, s]` within the vocabulary."""
+def check_tensor(name: str, value: object) -> None:
+    """Refuse an array, a list or a dict where a tensor is read, and say how to make one of it."""
+    if isinstance(value, Tensor):
+        return
+    match value:
+        case Mapping():
+            cure = "take the tensor out of it, or spread it over the arguments with **"
+        case list() | tuple():
+            cure = f"use torch.tensor({name.rpartition('.')[2]}), of rows padded to one length"
+        case _ if hasattr(value, "__array__"):
+            cure = f"use torch.as_tensor({name.rpartition('.')[2]})"
+        case _:
+            cure = "are the arguments in their order?"
+    raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}; {cure}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is neither a number nor a tensor."""
+    if not isinstance(value, Real | Tensor | torch.SymFloat | torch.SymInt):
+        raise TypeError(
+            f"`{name}` must be a number or a torch.Tensor, got {type(value).__name__}; use "
+            f"torch.as_tensor({name})"
+        )
+
+
+def as_tokens(name: str, tokens: Tensor, vocab_size: int) -> Tensor:
+    """Integer ids `[b, s]` within the vocabulary, as int64: what is smaller is widened."""
+    check_tensor(name, tokens)
     if tokens.ndim != 2:
         raise ValueError(f"`{name}` must be token ids of shape [b, s], got {_describe(tokens)}")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"`{name}` must hold integer ids, got {_describe(tokens)}; use .long()")
+        raise TypeError(
+            f"`{name}` must hold integer ids, got {_describe(tokens)}; use .long(), if these are "
+            "ids and not another argument"
+        )
+    tokens = tokens.long()
     if reads_values(tokens) and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
@@ -109,36 +140,67 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
                 f"`{name}` must hold ids in [0, {vocab_size}), got ids from {low} to {high}; "
                 "does the tokenizer match `text_process.vocab_size`?"
             )
+    return tokens
 
 
-def check_any_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+def as_any_tokens(name: str, tokens: Tensor, vocab_size: int) -> Tensor:
     """A text is ids `[b, s]`, or relaxed: finite floats `[b, s, v]` over the vocabulary."""
+    check_tensor(name, tokens)
     if not (tokens.is_floating_point() and tokens.ndim == 3):
-        return check_tokens(name, tokens, vocab_size)
+        return as_tokens(name, tokens, vocab_size)
     if tokens.shape[-1] != vocab_size:
         raise ValueError(
             f"`{name}` must be token ids [b, s], or a relaxed text [b, s, v] over "
             f"text_process.vocab_size = {vocab_size} ids, got {_describe(tokens)}"
         )
     check_finite(name, tokens, "has training diverged?")
+    return tokens
 
 
-def as_mask(name: str, mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """The attention mask as bool `[b, s]`, True = keep, from bool, integers or 0/1 floats."""
+def as_mask(name: str, mask: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """The attention mask as bool `[b, s]`, True = keep, from bool, integers or 0/1 floats.
+
+    Floats are taken where their values may be read, and refused elsewhere: an additive mask, of 0
+    and -inf, would be turned round.
+    """
+    check_tensor(name, mask)
     if mask.ndim != 2:
         raise ValueError(f"`{name}` must have shape [b, s], got {_describe(mask)}")
-    if tuple(mask.shape) != tuple(shape):
+    if shape is not None and tuple(mask.shape) != tuple(shape):
         raise ValueError(
             f"`{name}` must have the shape of its tokens {list(shape)}, got {_describe(mask)}"
         )
     if mask.dtype == torch.bool:
         return mask
+    if not (mask.is_floating_point() or mask.is_complex()):
+        mask = mask.long()  # small unsigned integers know few operators
+    additive = "an additive mask of 0 and -inf is turned round by `mask == 0`"
+    if mask.is_complex() or (mask.is_floating_point() and not reads_values(mask)):
+        raise TypeError(
+            f"`{name}` must be bool or integers, got {_describe(mask)}, whose values are not "
+            f"looked at here: make a mask of 1 (keep) and 0 (padding) bool by `mask.bool()`; "
+            f"{additive}"
+        )
     if reads_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
-            f"`{name}` must hold 1 (keep) or 0 (padding), got other values; "
-            "an additive mask of 0 and -inf is turned round by `mask == 0`"
+            f"`{name}` must hold 1 (keep) or 0 (padding), got other values; {additive}"
         )
-    return mask.bool()
+    return mask > 0
+
+
+def check_kept(name: str, mask: Tensor, rows: Tensor | None = None) -> None:
+    """Refuse rows that keep nothing, of which a network makes NaN; of some `rows`, if given."""
+    if not reads_values(mask):
+        return
+    empty = ~mask.any(dim=1)
+    if rows is not None:
+        empty = empty & rows
+    if bool(empty.any()):
+        raise ValueError(
+            f"`{name}` must keep a position or more in every row, and keeps none in "
+            f"{int(empty.sum())} of {len(empty)} (first: row {int(empty.long().argmax())}): drop "
+            "these rows; True = keep, so give ~mask where yours is True at padding"
+        )
 
 
 def check_latents(
@@ -149,6 +211,7 @@ def check_latents(
     cure: str = "drop or repair these rows",
 ) -> None:
     """Latents are finite floats `[b, d]` or `[b, n, d]`; `shape` is that of one sample."""
+    check_tensor(name, latents)
     if latents.ndim not in (2, 3) or (shape is not None and list(latents.shape[1:]) != list(shape)):
         wanted = "[b, d] or [b, n, d]" if shape is None else f"[b, {', '.join(map(str, shape))}]"
         raise ValueError(
@@ -156,7 +219,10 @@ def check_latents(
             + _squeeze_hint(latents)
         )
     if not latents.is_floating_point():
-        raise TypeError(f"`{name}` must be floating point, got {_describe(latents)}; use .float()")
+        raise TypeError(
+            f"`{name}` must be floating point, got {_describe(latents)}; use .float(), "
+            "if these are latents and not another argument"
+        )
     check_finite(name, latents, cure)
 
 
@@ -194,6 +260,8 @@ ENCODE_WITH_GRAPH = "encode_text(..., policy=GradientPolicy('full')) makes laten
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse to broadcast: `[b, 1, d]` against `[b, d]` is a mistake, never a wish."""
+    check_tensor(name, tensor)
+    check_tensor(other_name, other)
     if tensor.shape != other.shape:
         raise ValueError(
             f"`{name}` and `{other_name}` must have equal shapes, got {list(tensor.shape)} and "
@@ -203,12 +271,15 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
 
 def check_row_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
     """A choice of rows is bool `[b]`."""
+    if mask is not None:
+        check_tensor(name, mask)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(like),)):
         raise ValueError(f"`{name}` must be bool [{len(like)}], got {_describe(mask)}")
 
 
 def check_variance(name: str, variance: Number | Tensor, shape: Sequence[int]) -> None:
     """A variance is above 0: a number, or a tensor in the shape of one latent or `[d]`."""
+    check_number(name, variance)
     if not isinstance(variance, Tensor):
         return check_positive(name, variance)
     if variance.ndim and variance.shape not in (torch.Size(shape), torch.Size(shape[-1:])):
@@ -222,6 +293,8 @@ def check_variance(name: str, variance: Number | Tensor, shape: Sequence[int]) -
 
 def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Two parts of a batch must have the same number of rows."""
+    check_tensor(name, tensor)
+    check_tensor(other_name, other)
     if len(tensor) != len(other):
         raise ValueError(
             f"`{name}` and `{other_name}` must have the same number of rows, "
@@ -231,6 +304,7 @@ def check_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 def as_time(name: str, time: Number | Tensor, like: Tensor) -> Tensor:
     """A time in [0, 1] as floats `[b]`, fp32 or better, for the rows of `like`."""
+    check_number(name, time)
     if not isinstance(time, Tensor):
         if not 0 <= time <= 1:
             raise ValueError(f"`{name}` must lie in [0 (clean), 1 (full noise)], got {time!r}")

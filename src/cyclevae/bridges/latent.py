@@ -11,6 +11,7 @@ from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
 from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import T2L, t2l
 from cyclevae.processes.latent import LatentProcess, direction
 from cyclevae.processes.text import TextProcess
@@ -128,6 +129,7 @@ ONE_SHOT = LatentBridge()
 NOISED = LatentBridge(noise=0.75)
 
 
+@at_the_door
 def encode_text(
     denoiser: Denoiser,
     tokens: Tokens,

@@ -9,9 +9,11 @@ from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, MaskLike, Number
 from cyclevae.bridges.words import check_logits, word_logits
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.text import TextProcess
 
 
+@at_the_door
 def rloo_surrogate(
     log_probs: Float[Tensor, "k b"], rewards: Float[Tensor, "k b"]
 ) -> Float[Tensor, " b"]:
@@ -57,6 +59,7 @@ def rloo_surrogate(
     return once(-((rewards - others) * log_probs).mean(dim=0), "rloo_surrogate")
 
 
+@at_the_door
 def text_log_prob(
     logits: Logits,
     tokens: Integer[Tensor, "*k b s"],
@@ -94,7 +97,7 @@ def text_log_prob(
     mask = check_logits(logits, attention_mask, text_process)
     texts = tokens if tokens.ndim == 3 else tokens[None]
     for text in texts:
-        checks.check_tokens("tokens", text, text_process.vocab_size)
+        checks.as_tokens("tokens", text, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, text.shape)
     log_p = word_logits(logits, mask, text_process, temperature).log_softmax(dim=-1)
     drawn = log_p.gather(-1, texts.long().movedim(0, -1)).movedim(-1, 0)

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._base.checks import (
+    as_any_tokens,
     as_mask,
-    check_any_tokens,
     check_choice,
     check_count,
     check_nonnegative,
@@ -27,6 +27,7 @@ from cyclevae.bridges.words import (
     straight_through_text,
 )
 from cyclevae.gradient_policy.policy import GradientPolicy
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.text import TextProcess
 
 Bridge = Literal[
@@ -187,6 +188,7 @@ class TextBridge:
 AnyTextBridge = TextBridge | Bridge | TextFunction
 
 
+@at_the_door
 def pseudo_text(
     logits: Logits,
     attention_mask: MaskLike,
@@ -222,7 +224,7 @@ def pseudo_text(
     temperature = bridge.temperature
     if callable(bridge.name):
         text = bridge.name(logits, mask, text_process=text_process, generator=generator)
-        check_any_tokens(f"{bridge}(...)", text, text_process.vocab_size)
+        text = as_any_tokens(f"{bridge}(...)", text, text_process.vocab_size)
         if text.shape[:2] != mask.shape:
             raise ValueError(
                 f"`{bridge}(...)` must have the shape of `attention_mask` {list(mask.shape)}, got "
@@ -253,6 +255,7 @@ def pseudo_text(
     )
 
 
+@at_the_door
 def draw_lengths(
     attention_mask: MaskLike, rows: int, *, generator: torch.Generator | None = None
 ) -> Bool[Tensor, "rows s"]:
@@ -269,7 +272,7 @@ def draw_lengths(
         tensor([[ True,  True, False],
                 [ True,  True, False]])
     """
-    attention_mask = as_mask("attention_mask", attention_mask, attention_mask.shape)
+    attention_mask = as_mask("attention_mask", attention_mask)
     if not rows:
         return attention_mask[:0]
     if not len(attention_mask):

@@ -9,10 +9,12 @@ from cyclevae._base.types import Latents, Logits, MaskLike, Number, Tokens
 from cyclevae.bridges.words import argmax_text, categorical_text, word_logits
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
 from cyclevae.processes.text import TextProcess
 
 
+@at_the_door
 def unmask_text(
     denoiser: Denoiser,
     latents: Latents,
@@ -60,7 +62,7 @@ def unmask_text(
         raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}")
     if temperature is not None:
         check_positive("temperature", temperature)
-    mask = as_mask("attention_mask", attention_mask, attention_mask.shape)
+    mask = as_mask("attention_mask", attention_mask)
     with detach():
         masked = text_process.chosen(mask)
         words, kept = masked.sum(dim=1), mask.sum(dim=1).clamp(min=1)

@@ -18,11 +18,13 @@ from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Mask, MaskLike, Number, RelaxedTokens, Tokens
 from cyclevae.model.chunks import chunk_of
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.text import TextProcess
 
 _BLOCK = 256  # words: near the square root of usual vocabularies
 
 
+@at_the_door
 def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextProcess) -> Tokens:
     """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
 
@@ -43,6 +45,7 @@ def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextP
     return text_process.frame(words.view(attention_mask.shape), attention_mask)
 
 
+@at_the_door
 def categorical_text(
     logits: Logits,
     attention_mask: MaskLike,
@@ -77,6 +80,7 @@ def categorical_text(
     return text_process.frame(words.view(attention_mask.shape), attention_mask)
 
 
+@at_the_door
 def straight_through_text(
     logits: Logits,
     attention_mask: MaskLike,
@@ -132,6 +136,7 @@ def straight_through_text(
     return text_process.frame(_one_hot(words, soft), attention_mask)
 
 
+@at_the_door
 def gumbel_text(
     logits: Logits,
     attention_mask: MaskLike,
@@ -178,6 +183,7 @@ def gumbel_text(
     return text_process.frame(_one_hot(words, soft), attention_mask)
 
 
+@at_the_door
 def soft_text(
     logits: Logits,
     attention_mask: MaskLike,

@@ -55,12 +55,14 @@ def check_rows(name: str, z: Tensor) -> None:
         )
 
 
-def check_pairs(tokens: Tensor, latents: Tensor, text_process: TextProcess) -> None:
-    """Pairs are a text and a latent for each of at least 2 rows."""
-    checks.check_tokens("tokens", tokens, text_process.vocab_size)
+def as_pairs(
+    tokens: Tensor, latents: Tensor, attention_mask: Tensor, text_process: TextProcess
+) -> tuple[Tensor, Mask]:
+    """The texts of pairs, which are a text and a latent for each of at least 2 rows."""
     checks.check_latents("latents", latents)
     checks.check_rows("tokens", tokens, "latents", latents)
     check_rows("latents", latents)
+    return text_process.as_text(tokens, attention_mask)
 
 
 def without_latent(

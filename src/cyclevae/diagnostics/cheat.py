@@ -12,13 +12,14 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, Logits, Mask, MaskLike, Number, Tokens
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.diagnostics._measuring import (
-    check_pairs,
+    as_pairs,
     measuring,
     seeded,
     statistics,
     without_latent,
 )
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
 from cyclevae.priors.samples import Moment
 from cyclevae.processes.latent import LatentProcess
@@ -73,6 +74,7 @@ class CheatTest(NamedTuple):
         return max(self.shuffled, self.chance)
 
 
+@at_the_door
 def cheat_test(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -128,11 +130,10 @@ def cheat_test(
         >>> [treatment.name for treatment in found.treatments]
         ['noise 0.03', 'noise 0.1', 'noise 0.3', 'grid 1/16', 'grid 1/4', 'grid 1/1']
     """
-    check_pairs(tokens, latents, text_process)
+    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
     for name, sizes in (("noises", noises), ("grids", grids)):
         for size in sizes:
             checks.check_positive(name, size)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     if variance is None:
         _, variance = statistics(latents)
     checks.check_variance("variance", variance, latents.shape[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.types import Latents
 from cyclevae.diagnostics._measuring import check_rows
+from cyclevae.model.door import at_the_door
 from cyclevae.priors.samples import Moment, standard_form
 from cyclevae.processes.latent import direction
 
@@ -68,6 +69,7 @@ class Retrieval(NamedTuple):
 
 
 @torch.no_grad()
+@at_the_door
 def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> LatentHealth:
     """Moments, effective rank, active dimensions and drift of latents.
 
@@ -109,6 +111,7 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
 
 
 @torch.no_grad()
+@at_the_door
 def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     """Whether encoded texts find their own latents among those of the batch, by the cosine.
 

@@ -22,6 +22,7 @@ from cyclevae.diagnostics.report import CycleReport
 from cyclevae.losses.latent import latent_loss, t2l_loss
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
 from cyclevae.objective.arrange import arrange
 from cyclevae.objective.batch import Batch
@@ -33,6 +34,7 @@ from cyclevae.processes.text import TextProcess
 READABLE = 0.999  # where the gain at the time is infinite, z_hat is read here
 
 
+@at_the_door
 def cycle_report(
     denoiser: Denoiser,
     batch: Batch,

@@ -10,9 +10,10 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
-from cyclevae.diagnostics._measuring import check_pairs, measuring, seeded, without_latent
+from cyclevae.diagnostics._measuring import as_pairs, measuring, seeded, without_latent
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.priors.learned import noise_error, without_text
 from cyclevae.priors.weighting import weighted_times
@@ -59,6 +60,7 @@ class Probe(NamedTuple):
         return self.empty - self.right
 
 
+@at_the_door
 def text_probe(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -100,8 +102,7 @@ def text_probe(
         >>> abs(probe.gap) < 4 * probe.gap_error  # the toy has learned nothing
         True
     """
-    check_pairs(tokens, latents, text_process)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
     if noise is None:
         generator = seeded(generator, latents)
         noise = draw_noise(
@@ -122,6 +123,7 @@ def text_probe(
     return _probe(nats)
 
 
+@at_the_door
 def latent_probe(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -183,8 +185,7 @@ def latent_probe(
         >>> probe.difference > 0 and abs(probe.gap) < 4 * probe.gap_error
         True
     """
-    check_pairs(tokens, latents, text_process)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     generator = seeded(generator, latents)

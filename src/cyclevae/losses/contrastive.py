@@ -10,11 +10,13 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Latents, MaskLike, Number, Rows, Scalar, Tokens
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import direction
 
 Critic = Literal["cosine", "euclidean"]
 
 
+@at_the_door
 def infonce_loss(
     z_hat: Latents,
     latents: Latents,
@@ -90,6 +92,7 @@ def infonce_loss(
     return rounded(torch.stack(lost).sum() / (2 * pairs), z_hat)
 
 
+@at_the_door
 def same_text(tokens: Tokens, attention_mask: MaskLike) -> Bool[Tensor, "b b"]:
     """Which rows hold the same kept tokens at the same positions, themselves included.
 
@@ -107,6 +110,7 @@ def same_text(tokens: Tokens, attention_mask: MaskLike) -> Bool[Tensor, "b b"]:
                 [False,  True, False],
                 [ True, False,  True]])
     """
+    checks.check_tensor("tokens", tokens)
     mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     words = tokens.long().masked_fill(~mask, -1)
     return (words[:, None] == words[None, :]).all(dim=-1)

@@ -30,6 +30,7 @@ from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.losses.latent import AnyDistance, check_distance, latent_loss
 from cyclevae.losses.text_marginal import text_marginal_loss
 from cyclevae.model.denoiser import Denoiser, reading_relaxed
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -37,6 +38,7 @@ from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import stratified_times
 
 
+@at_the_door
 def cycle_latent_loss(
     denoiser: Denoiser,
     latents: Latents,
@@ -123,12 +125,13 @@ def cycle_latent_loss(
     check_distance("distance", distance)
     checks.check_latents("latents", latents, latent_process.shape)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
-    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    mask = checks.as_mask("attention_mask", attention_mask)
+    checks.check_kept("attention_mask", mask)
     if noise is not None:
         checks.check_latents("noise", noise, latents.shape[1:])
         checks.check_rows("noise", noise, "latents", latents)
     if y_hat is not None:
-        checks.check_any_tokens("y_hat", y_hat, text_process.vocab_size)
+        y_hat = checks.as_any_tokens("y_hat", y_hat, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, y_hat.shape[:2])
     if logits is not None:
         check_logits(logits, mask, text_process)

@@ -20,11 +20,13 @@ from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
 
+@at_the_door
 def cycle_text_loss(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -85,8 +87,7 @@ def cycle_text_loss(
         (torch.Size([]), True)
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
-    checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = text_process.as_text(tokens, attention_mask)
     if z_hat is None:
         z_hat = encode_text(
             denoiser,

@@ -21,6 +21,7 @@ from cyclevae._base.types import (
     Tokens,
 )
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import T2L, t2l
 from cyclevae.processes.latent import LatentProcess, direction
 from cyclevae.processes.text import TextProcess
@@ -30,6 +31,7 @@ LatentDistance = Literal["mse", "cosine", "normalized_mse"]
 AnyDistance = LatentDistance | Callable[[Latents, Latents], Latents]
 
 
+@at_the_door
 def latent_loss(
     prediction: Latents,
     target: Latents,
@@ -115,6 +117,7 @@ def errors_per_row(latents: Latents | None, distance: AnyDistance = "mse") -> in
     return elements // latents.shape[-1] if distance == "cosine" else elements
 
 
+@at_the_door
 def min_snr_weight(
     latent_process: LatentProcess,
     time: Time,
@@ -157,6 +160,7 @@ def min_snr_weight(
     return snr.clamp(max=gamma) * gain.square()
 
 
+@at_the_door
 def t2l_loss(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -217,7 +221,7 @@ def t2l_loss(
         torch.Size([])
     """
     check_distance("distance", distance)
-    checks.check_tokens("tokens", tokens, text_process.vocab_size)
+    tokens, attention_mask = text_process.as_text(tokens, attention_mask)
     space = latent_process.prediction if space is None else space
     checks.check_choice("space", space, get_args(Prediction))
     if min_snr is not None:

@@ -21,11 +21,13 @@ from cyclevae._base.types import (
 )
 from cyclevae.losses.cross_entropy import token_nll
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
 from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import TimePolicy
 
 
+@at_the_door
 def text_loss(
     logits: Logits,
     tokens: Tokens,
@@ -59,7 +61,7 @@ def text_loss(
         >>> text_loss(logits, tokens, tokens > 0)  # log 4
         tensor(1.3863)
     """
-    checks.check_tokens("tokens", tokens, logits.shape[-1])
+    tokens = checks.as_tokens("tokens", tokens, logits.shape[-1])
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"`logits` must have shape [b, s, v] with [b, s] = {list(tokens.shape)}, "
@@ -69,6 +71,7 @@ def text_loss(
     return reduce_text(token_nll(logits, tokens, mask), mask, reduction=reduction, count=count)
 
 
+@at_the_door
 def l2t_loss(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -110,8 +113,7 @@ def l2t_loss(
         torch.Size([])
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
-    checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = text_process.as_text(tokens, attention_mask)
     checks.check_rows("latents", latents, "tokens", tokens)
     decoded = decode_masked(
         denoiser,

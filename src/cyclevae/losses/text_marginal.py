@@ -25,12 +25,14 @@ from cyclevae._base.types import (
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser, need_logits
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import stratified_times
 
 
+@at_the_door
 def text_marginal_loss(
     denoiser: Denoiser,
     tokens: AnyTokens,
@@ -92,8 +94,7 @@ def text_marginal_loss(
         torch.Size([3])
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
-    checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
-    kept = checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
+    tokens, kept = text_process.as_text(tokens, attention_mask, relaxed=True)
     relaxed = tokens.is_floating_point()
     if relaxed:  # the model learns from ids alone
         cure = "make the relaxed text outside of detach(), or give its ids to teach the model"

@@ -20,6 +20,7 @@ from cyclevae._base.types import (
 from cyclevae.losses.cross_entropy import token_nll
 from cyclevae.model.both import joint
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -40,6 +41,7 @@ class UnconditionalLoss(NamedTuple):
     latent: Scalar
 
 
+@at_the_door
 def unconditional_loss(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -124,7 +126,7 @@ def unconditional_loss(
         generator=generator,
     )
     kept = checks.as_mask("attention_mask", attention_mask, tokens.shape)
-    tokens, kept = text_process.targets(tokens, kept)
+    tokens, kept = text_process.targets(tokens.long(), kept)
     everyone = torch.ones_like(kept[:, 0])
     has_text = everyone if has_text is None else has_text
     has_latent = everyone if has_latent is None else has_latent

@@ -8,7 +8,8 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.reduce import only_present
 from cyclevae._base.types import Latents, Logits, MaskLike, Number, Rows, Time, Tokens
-from cyclevae.model.denoiser import Denoiser, need_latents, need_logits
+from cyclevae.model.denoiser import Denoiser, in_its_dtype, need_latents, need_logits
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -35,6 +36,7 @@ class Joint(NamedTuple):
     latent_time: Time
 
 
+@at_the_door
 def joint(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -88,12 +90,13 @@ def joint(
     checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:  # whatever stands there, be it NaN
         latents = only_present(latents, has_latent)
-    checks.check_tokens("tokens", tokens, text_process.vocab_size)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = text_process.as_text(tokens, attention_mask, rows=has_text)
+    checks.check_kept("attention_mask", mask)  # a text that is not there has a length all the same
     checks.check_latents("latents", latents, latent_process.shape)
     checks.check_rows("latents", latents, "tokens", tokens)
     if noise is not None:
         checks.check_same_shape("noise", noise, "latents", latents)
+    latents = in_its_dtype(latents, denoiser)
     rows, device = len(tokens), tokens.device
 
     def time(name: str, given: Number | Time | None, present: Rows | None) -> Time:

@@ -15,6 +15,8 @@ from cyclevae._base.precision import no_autocast
 from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Time
 from cyclevae.gradient_policy.roles import Roles
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Denoised(NamedTuple):
     """What one forward of a denoiser returns; only what was not asked for may be None.
@@ -73,6 +75,9 @@ class Denoiser(Protocol):
 class ModuleDenoiser:
     """A `Denoiser` around a module; made by `as_denoiser`.
 
+    Latents are cast to the dtype of the module's parameters, whatever that of the batch; times come
+    in fp32 or better, because bf16 knows none between 0.996 and 1.
+
     Attributes:
         network: the module as given (plain, DDP, FSDP2 or compiled); it is what gets called.
         module: the plain module inside, against which parameter patterns resolve.
@@ -110,7 +115,7 @@ class ModuleDenoiser:
         attention_mask: MaskLike,
         need: Need = "both",
     ) -> Denoised:
-        """One forward of the network: see `Denoiser.denoise`."""
+        """One forward of the network, on latents in its own dtype: see `Denoiser.denoise`."""
         more: dict[str, Any] = {"need": need} if self._takes_need else {}
         if self.takes_mask:
             more["attention_mask"] = attention_mask
@@ -120,7 +125,13 @@ class ModuleDenoiser:
                 "texts must have one length, got some with padding: give its forward the "
                 "argument, or let batches have no padding"
             )
-        output = self.network(tokens, latents, text_time=text_time, latent_time=latent_time, **more)
+        dtype = network_dtype(self)
+        if dtype is not None and dtype != latents.dtype:
+            latents = latents.to(dtype)
+        with _reading(dtype):
+            output = self.network(
+                tokens, latents, text_time=text_time, latent_time=latent_time, **more
+            )
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 "a denoising network must return (logits, latent_prediction) or a `Denoised`, "
@@ -236,7 +247,7 @@ def embed_tokens(weight: Float[Tensor, "rows w"], tokens: AnyTokens) -> Float[Te
         tensor([[[0.5000, 0.5000]]])
     """
     if not tokens.is_floating_point():
-        return F.embedding(tokens, weight)
+        return F.embedding(tokens.long(), weight)
     ids = tokens.shape[-1]
     if ids > len(weight):
         raise ValueError(
@@ -244,6 +255,27 @@ def embed_tokens(weight: Float[Tensor, "rows w"], tokens: AnyTokens) -> Float[Te
         )
     with no_autocast(weight):
         return tokens.to(weight.dtype) @ weight[:ids]
+
+
+def network_dtype(denoiser: object) -> torch.dtype | None:
+    """The dtype of the parameters behind a denoiser, that of the first; None if it shows none."""
+    module = getattr(denoiser, "module", None)
+    if not isinstance(module, nn.Module):
+        return None
+    for parameter in module.parameters():
+        if parameter.dtype in _DTYPES:  # others, of quantised weights, are none to compute in
+            return parameter.dtype
+    return None
+
+
+def in_its_dtype(latents: Latents, denoiser: object) -> Latents:
+    """Latents or noise in no lower a dtype than the network's parameters.
+
+    So that half-precision latents from a file lose nothing more in an fp32 network. Those in a
+    higher one stay, and are cast where the network reads them.
+    """
+    dtype = network_dtype(denoiser)
+    return latents if dtype is None else latents.to(torch.promote_types(latents.dtype, dtype))
 
 
 def reading_relaxed(origin: str) -> AbstractContextManager[object]:
@@ -304,6 +336,24 @@ def _naming(origin: str) -> Iterator[None]:
             f"({type(error).__name__}: {error}). A network reads ids and relaxed texts alike with "
             "cyclevae.embed_tokens(embedding.weight, tokens) in place of embedding(tokens), which "
             "check_denoiser(..., relaxed=True) tests; or use the bridge 'argmax' or 'categorical'"
+        ) from error
+
+
+def _reading(dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if torch.compiler.is_compiling() else _naming_dtypes(dtype)
+
+
+@contextmanager
+def _naming_dtypes(dtype: torch.dtype | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise TypeError(
+            f"the network failed on dtypes ({error}). It is given `latents` in the dtype of its "
+            f"parameters ({dtype}) and `text_time` and `latent_time` in float32 or better: cast "
+            "these where they are read, as in latent_time.to(latents), and all parameters alike"
         ) from error
 
 

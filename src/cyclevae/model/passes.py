@@ -17,12 +17,14 @@ from cyclevae._base.types import (
     Time,
     Tokens,
 )
-from cyclevae.model.denoiser import Denoiser, need_latents, need_logits
+from cyclevae.model.denoiser import Denoiser, in_its_dtype, need_latents, need_logits
+from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
 
 
+@at_the_door
 def l2t(
     denoiser: Denoiser,
     latents: Latents,
@@ -85,6 +87,7 @@ class T2L(NamedTuple):
         return latent_process.to_x0(self.prediction, self.z_t, self.time)
 
 
+@at_the_door
 def t2l(
     denoiser: Denoiser,
     tokens: AnyTokens,
@@ -131,12 +134,22 @@ def t2l(
         torch.Size([3, 4])
     """
     asked, encoded = _ask_t2l(
-        tokens, attention_mask, text_process, latent_process, latents, start, time, noise, generator
+        denoiser,
+        tokens,
+        attention_mask,
+        text_process,
+        latent_process,
+        latents,
+        start,
+        time,
+        noise,
+        generator,
     )
     output = denoiser.denoise(**asked, need="latents")
     return encoded._replace(prediction=need_latents(output, encoded.z_t))
 
 
+@at_the_door
 def l2t_and_t2l(
     denoiser: Denoiser,
     latents: Latents,
@@ -183,7 +196,16 @@ def l2t_and_t2l(
     """
     decode = _ask_l2t(latents, lengths, text_process, None, 1.0)
     encode, encoded = _ask_t2l(
-        tokens, attention_mask, text_process, latent_process, None, "noise", 1.0, noise, generator
+        denoiser,
+        tokens,
+        attention_mask,
+        text_process,
+        latent_process,
+        None,
+        "noise",
+        1.0,
+        noise,
+        generator,
     )
     rows, length = decode["tokens"].shape
     longest = max(length, encode["tokens"].shape[1])
@@ -217,11 +239,12 @@ def _ask_l2t(
     """What a decoder pass asks of the model."""
     checks.check_latents("latents", latents)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
-    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    mask = checks.as_mask("attention_mask", attention_mask)
+    checks.check_kept("attention_mask", mask)
     if tokens is None:
         tokens = text_process.fully_masked(mask)
     else:
-        checks.check_tokens("tokens", tokens, text_process.vocab_size)
+        tokens = checks.as_tokens("tokens", tokens, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, tokens.shape)
         tokens = text_process.pad(tokens, text_process.taught(mask))
     return {
@@ -234,6 +257,7 @@ def _ask_l2t(
 
 
 def _ask_t2l(
+    denoiser: Denoiser,
     tokens: AnyTokens,
     attention_mask: MaskLike,
     text_process: TextProcess,
@@ -252,11 +276,11 @@ def _ask_t2l(
         )
     if start is not None and not isinstance(start, Tensor):
         checks.check_choice("start", start, ("noise",))
-    checks.check_any_tokens("tokens", tokens, text_process.vocab_size)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape[:2])
+    tokens, mask = text_process.as_text(tokens, attention_mask, relaxed=True)
     if latents is not None:
         checks.check_latents("latents", latents, latent_process.shape)
         checks.check_rows("latents", latents, "tokens", tokens)
+        latents = in_its_dtype(latents, denoiser)
     stated_time = time
     time = checks.as_time("time", time, mask if latents is None else latents)
     if isinstance(start, Tensor):
@@ -271,10 +295,11 @@ def _ask_t2l(
         name = "noise" if start is not noise else "start"
         checks.check_latents(name, noise, latent_process.shape)
         checks.check_rows(name, noise, "tokens", tokens)
+    as_given, noise = start is noise, in_its_dtype(noise, denoiser)
     if latents is not None:
         z_t = latent_process.noised(latents, noise, time)
     else:
-        z_t = noise if start is noise else latent_process.started(noise, time)
+        z_t = noise if as_given else latent_process.started(noise, time)
     asked = {
         "tokens": text_process.pad(tokens, mask),
         "latents": z_t,

@@ -21,6 +21,15 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         ValueError: a part without its companion, wrong shapes, or values out of range.
         TypeError: wrong dtypes.
     """
+    if not isinstance(batch, Batch):
+        cure = {dict: "use Batch(**batch)", tuple: "use Batch(*batch)"}.get(type(batch))
+        raise TypeError(
+            f"`batch` must be a Batch, got {type(batch).__name__}; "
+            f"{cure or 'put its tensors into Batch(tokens=..., attention_mask=..., latents=...)'}"
+        )
+    for name, part in batch._asdict().items():
+        if part is not None:
+            checks.check_tensor(f"batch.{name}", part)
     if (batch.tokens is None) != (batch.latents is None):
         given, missing = "tokens", "latents"
         if batch.tokens is None:
@@ -31,10 +40,10 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         )
     _check_devices(batch)
     batch = _only_present(batch)
-    vocab_size, shape = text_process.vocab_size, latent_process.shape
+    shape = latent_process.shape
     parts = [
-        _texts("", batch.tokens, batch.attention_mask, vocab_size),
-        _texts("unpaired_", batch.unpaired_tokens, batch.unpaired_attention_mask, vocab_size),
+        _texts("", batch.tokens, batch.attention_mask, text_process, batch.has_text),
+        _texts("unpaired_", batch.unpaired_tokens, batch.unpaired_attention_mask, text_process),
     ]
     for name in ("latents", "unpaired_latents"):
         if (latents := getattr(batch, name)) is not None:
@@ -51,9 +60,8 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
             "batch.unpaired_latents",
             batch.unpaired_latents,
         )
-        pseudo_text_mask = checks.as_mask(
-            "batch.pseudo_text_mask", pseudo_text_mask, pseudo_text_mask.shape
-        )
+        pseudo_text_mask = checks.as_mask("batch.pseudo_text_mask", pseudo_text_mask)
+        checks.check_kept("batch.pseudo_text_mask", pseudo_text_mask)
     return Arranged(
         paired=0 if batch.tokens is None else len(batch.tokens),
         texts=_stack_texts([part for part in parts if part is not None], text_process),
@@ -107,7 +115,11 @@ def _check_devices(batch: Batch) -> None:
 
 
 def _texts(
-    prefix: str, tokens: Tensor | None, mask: Tensor | None, vocab_size: int
+    prefix: str,
+    tokens: Tensor | None,
+    mask: Tensor | None,
+    text_process: TextProcess,
+    rows: Rows | None = None,
 ) -> Texts | None:
     tokens_name, mask_name = f"batch.{prefix}tokens", f"batch.{prefix}attention_mask"
     if tokens is None:
@@ -119,8 +131,7 @@ def _texts(
             f"`{tokens_name}` came without `{mask_name}`: padding must never count; "
             "give torch.ones_like(tokens) where nothing is padded"
         )
-    checks.check_tokens(tokens_name, tokens, vocab_size)
-    return Texts(tokens, checks.as_mask(mask_name, mask, tokens.shape))
+    return Texts(*text_process.as_text(tokens, mask, prefix=f"batch.{prefix}", rows=rows))
 
 
 def _stack_texts(parts: list[Texts], text_process: TextProcess) -> Texts | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.types import Count, Number
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.objective.arrange import arrange
 from cyclevae.objective.batch import Batch
 from cyclevae.objective.checking import check_joining, check_learners, check_step, check_terms
@@ -183,6 +184,7 @@ class CycleObjective:
 
     # The step
 
+    @at_the_door
     def __call__(
         self,
         denoiser: Denoiser,
@@ -237,6 +239,7 @@ class CycleObjective:
         }
         return StepOutput(loss, {"loss": loss.detach(), **metrics}, skip)
 
+    @at_the_door
     def losses(
         self,
         denoiser: Denoiser,
@@ -296,7 +299,7 @@ class CycleObjective:
         )
         for term, _ in self._running(step):
             term.check_step(run._replace(name=term.name))
-        return run._replace(rows=check_step(run, self._terms()).borrowed())
+        return run._replace(rows=check_step(run, self._terms()).borrowed(self.text_process.mask_id))
 
     def _weighted(self, run: Step) -> dict[str, Tensor]:
         """Run the terms, and weigh them."""

@@ -164,12 +164,12 @@ class Arranged(NamedTuple):
         )
         return self._replace(has_text=has_text, has_latent=has_latent)
 
-    def borrowed(self) -> "Arranged":
+    def borrowed(self, nothing: int) -> "Arranged":
         """Rows without a text with that of the next row that has one; batches are in random order.
 
         So every pass sees texts as they are, and a statistic of encoded texts sees no other: some
         of them twice, with noise of their own. Losses of single rows must leave them out. Where no
-        row has a text, one position is kept in each.
+        row has a text, the id `nothing` is kept in one position of each.
         """
         if self.has_text is None or self.texts is None or not len(self.texts.tokens):
             return self
@@ -178,8 +178,9 @@ class Arranged(NamedTuple):
         distance = (rows - rows[:, None]) % max(len(rows), 1)
         source = distance.masked_fill(~self.has_text, len(rows)).argmin(dim=1)
         first = torch.arange(mask.shape[1], device=mask.device) == 0
-        mask = mask[source] | (first & ~self.has_text.any())
-        return self._replace(texts=Texts(tokens[source], mask))
+        none = first & ~self.has_text.any()
+        tokens = tokens[source].masked_fill(none, nothing)
+        return self._replace(texts=Texts(tokens, mask[source] | none))
 
     def need_texts(self) -> Texts:
         """All texts, or an error where there is none."""

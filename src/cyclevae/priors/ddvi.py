@@ -22,6 +22,7 @@ from cyclevae.bridges.text import pseudo_text
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.losses.latent import t2l_loss
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.priors.learned import check_frozen, noise_error, without_text
 from cyclevae.priors.weighting import weighted_times
@@ -29,6 +30,7 @@ from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
 
+@at_the_door
 def ddvi_wake_kl(
     denoiser: Denoiser,
     teacher: Denoiser,
@@ -93,10 +95,11 @@ def ddvi_wake_kl(
     check_frozen(teacher)
     checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
     checks.check_rows("z_hat", z_hat, "tokens", tokens)
-    mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
+    tokens, mask = text_process.as_text(tokens, attention_mask)
     if null_mask is not None:
         checks.check_rows("null_mask", null_mask, "tokens", tokens)
-        null_mask = checks.as_mask("null_mask", null_mask, null_mask.shape)
+        null_mask = checks.as_mask("null_mask", null_mask)
+        checks.check_kept("null_mask", null_mask)
     z_hat = z_hat.detach()
     time, weight = weighted_times(
         "likelihood",
@@ -127,6 +130,7 @@ def ddvi_wake_kl(
     return reduce_latents(per_row, reduction="mean", count=count)
 
 
+@at_the_door
 def ddvi_sleep_loss(
     denoiser: Denoiser,
     latents: Latents,
@@ -178,7 +182,7 @@ def ddvi_sleep_loss(
     """
     checks.check_latents("latents", latents, latent_process.shape)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
-    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    mask = checks.as_mask("attention_mask", attention_mask)
     if y_hat is None:
         with detach():
             y_hat = pseudo_text(
@@ -189,7 +193,7 @@ def ddvi_sleep_loss(
                 generator=generator,
             )
     else:
-        checks.check_tokens("y_hat", y_hat, text_process.vocab_size)
+        y_hat = checks.as_tokens("y_hat", y_hat, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, y_hat.shape)
     y_hat, mask = text_process.cut(y_hat, mask)
     return t2l_loss(

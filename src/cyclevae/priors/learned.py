@@ -15,6 +15,7 @@ from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
+from cyclevae.model.door import at_the_door
 from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
 from cyclevae.processes.latent import LatentProcess, convert
 from cyclevae.processes.noise import draw_noise
@@ -23,6 +24,7 @@ from cyclevae.processes.text import TextProcess
 Form = Literal["cross_entropy", "score_difference", "score_distillation"]
 
 
+@at_the_door
 def learned_prior(
     teacher: Denoiser,
     z: Latents,
@@ -134,7 +136,8 @@ def learned_prior(
     checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
     checks.warn_without_graph("z", z, cure=checks.ENCODE_WITH_GRAPH)
     checks.check_rows("attention_mask", attention_mask, "z", z)
-    mask = checks.as_mask("attention_mask", attention_mask, attention_mask.shape)
+    mask = checks.as_mask("attention_mask", attention_mask)
+    checks.check_kept("attention_mask", mask)
     z, mask = z.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
     mean = fp32(z)
     time, weight = weighted_times(

@@ -10,6 +10,7 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Latents, Number, Scalar
+from cyclevae.model.door import at_the_door
 from cyclevae.priors.kernels import (
     gaussian_kernel,
     imq_kernel,
@@ -27,6 +28,7 @@ _KERNELS = {"gaussian": gaussian_kernel, "imq": imq_kernel}
 _COLLAPSED = 1e-6  # a median below this share of the target's says nothing about a bandwidth
 
 
+@at_the_door
 def mmd_prior(
     z: Latents,
     *,

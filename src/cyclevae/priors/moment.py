@@ -10,6 +10,7 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp64, no_autocast, rounded
 from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae.model.door import at_the_door
 from cyclevae.priors.samples import Moment, standard_form
 
 MomentForm = Literal[
@@ -25,6 +26,7 @@ _TAKE_COVARIANCE = ("norm", "covariance", "full_kl", "full_bures")
 _SMALL = 1e-6  # of a variance, relative to the target's: the logarithm goes on straight below it
 
 
+@at_the_door
 def moment_prior(
     z: Latents,
     *,

@@ -5,9 +5,11 @@ import torch
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32, no_autocast, rounded
 from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae.model.door import at_the_door
 from cyclevae.priors.samples import Moment, standard_form
 
 
+@at_the_door
 def sigreg_prior(
     z: Latents,
     *,

@@ -14,7 +14,7 @@ def check_schedule(time: Time, alpha: object, sigma: object) -> None:
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if not isinstance(value, Tensor) or value.shape != time.shape:
             shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
-            raise TypeError(
+            raise ValueError(
                 "`schedule` must return the tensors (alpha, sigma) in the shape of the times it is "
                 f"given, {list(time.shape)}; got as {name} a {type(value).__name__}{shape}: write "
                 "torch.ones_like(t) where an amplitude is constant"

@@ -122,9 +122,9 @@ class LatentProcess:
             batch holds no latents.
 
     Raises:
-        TypeError: a schedule that does not return two tensors.
-        ValueError: an unknown schedule or prediction, a bad `max_gain`, or a schedule whose
-            signal-to-noise ratio rises with time, as where time 0 is full noise.
+        ValueError: an unknown schedule or prediction, a bad `max_gain`, a schedule that does not
+            return two tensors, or one whose signal-to-noise ratio rises with time, as where time 0
+            is full noise.
 
     Examples:
         >>> import torch
@@ -153,7 +153,15 @@ class LatentProcess:
             object.__setattr__(self, "shape", shape)
         # also makes the table of a discretised schedule, so that none is made while tracing
         grid = torch.linspace(0, 1, 101, device="cpu")
-        check_schedule(grid, *self.alpha_sigma(grid))
+        try:
+            alpha, sigma = self.alpha_sigma(grid)
+        except Exception as error:
+            raise ValueError(
+                "`schedule` must be a name or a function of times [b] that returns two tensors "
+                f"(alpha, sigma); {self.schedule!r} failed on times 0, 0.01, ..., 1 "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        check_schedule(grid, alpha, sigma)
 
     def alpha_sigma(self, time: Time) -> tuple[Time, Time]:
         """Signal and noise amplitudes at a time, `[b]` each, fp32 or better.
@@ -314,7 +322,7 @@ class LatentProcess:
         if self.prediction == space or torch.compiler.is_compiling():
             return
         if not isinstance(time, Tensor):
-            time = torch.tensor([time], dtype=torch.float64, device="cpu")
+            time = checks.as_time("time", time, torch.zeros(1, dtype=torch.float64, device="cpu"))
         elif not checks.reads_values(time):
             return
         if not len(time):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import AnyTokens, Mask, Time, Tokens
+from cyclevae._base.types import AnyTokens, Mask, MaskLike, Rows, Time, Tokens
 
 TaughtPadding = Literal["none", "first", "all"]
 
@@ -28,9 +28,10 @@ class TextProcess:
         end_id: where texts carry a last token (`[SEP]`).
         end: of a pseudo-text: `placed` puts `end_id` at the end of the length it was given;
             `predicted` lets the decoder choose `end_id`, and the text ends at the first one.
-        taught_padding: padded positions that the decoder's losses count, with `pad_id` as their
-            token: `none` of them, the `first` after a text, so that the decoder learns to end one,
-            or `all`, as trainers do whose sampler writes padding behind a text.
+        taught_padding: padded positions behind a text that the decoder's losses count, with
+            `pad_id` as their token: `none` of them, the `first`, so that the decoder learns to end
+            a text, or `all`, as trainers do whose sampler writes padding behind it. Padding in
+            front of a text is never taught.
 
     Raises:
         ValueError: an id outside the vocabulary, or padding to be taught without a `pad_id`.
@@ -52,13 +53,26 @@ class TextProcess:
     taught_padding: TaughtPadding = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "special_ids", tuple(self.special_ids))
         ids = {"mask_id": self.mask_id, "pad_id": self.pad_id}
         ids |= {"start_id": self.start_id, "end_id": self.end_id}
-        ids |= {f"special_ids[{i}]": value for i, value in enumerate(self.special_ids)}
+        special = tuple(self.special_ids)
+        ids |= {f"special_ids[{i}]": value for i, value in enumerate(special)}
+        checks.check_count("vocab_size", self.vocab_size)
         for name, value in ids.items():
-            if value is not None and not 0 <= value < self.vocab_size:
+            if value is None and name not in ("mask_id", *list(ids)[4:]):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"`{name}` must be an integer id, got {value!r}; use int(...)")
+            if not 0 <= value < self.vocab_size:
                 raise ValueError(f"`{name}` must lie in [0, {self.vocab_size}), got {value}")
+        for name in ("pad_id", "start_id", "end_id"):
+            if ids[name] == self.mask_id:
+                raise ValueError(
+                    f"`{name}` and `mask_id` are both {self.mask_id}, so that a masked word could "
+                    "not be told from it: give the mask an id of its own"
+                    + (", or leave `pad_id` out" if name == "pad_id" else "")
+                )
+        object.__setattr__(self, "special_ids", special)
         checks.check_choice("end", self.end, ("placed", "predicted"))
         if self.end == "predicted" and self.end_id is None:
             raise ValueError("end='predicted' needs the `end_id` at which a text ends")
@@ -75,11 +89,13 @@ class TextProcess:
     def from_tokenizer(cls, tokenizer: Any) -> "TextProcess":
         """Read the ids off a Hugging Face style tokenizer, by duck typing.
 
-        `[CLS]` and `[SEP]` (or the beginning- and end-of-text tokens) are taken as placed where
-        the tokenizer has them.
+        What it adds to a text, such as `[CLS]` and `[SEP]`, is asked of it, and taken as placed: a
+        token that it has but does not add, as GPT-2 its end, is none that your texts carry. It must
+        have `encode(text, add_special_tokens=...)`.
 
         Raises:
-            ValueError: the tokenizer has no mask token.
+            ValueError: no mask token, or one that is also the unknown, padding, first or last one;
+                a tokenizer that cannot be asked, or that adds more than one token on a side.
 
         Examples:
             >>> class Tokenizer:  # such as transformers' AutoTokenizer gives
@@ -87,19 +103,26 @@ class TextProcess:
             ...     all_special_ids = [0, 1, 2, 3, 4]
             ...     def __len__(self):
             ...         return 100
-            >>> TextProcess.from_tokenizer(Tokenizer()).forbidden_ids
-            (0, 1, 2, 3, 4)
+            ...     def encode(self, text, add_special_tokens=True):
+            ...         return [2, 50, 3] if add_special_tokens else [50]
+            >>> process = TextProcess.from_tokenizer(Tokenizer())
+            >>> process.forbidden_ids, process.start_id, process.end_id
+            ((0, 1, 2, 3, 4), 2, 3)
         """
+        kind = type(tokenizer).__name__
         mask_id = getattr(tokenizer, "mask_token_id", None)
         if mask_id is None:
             raise ValueError(
-                f"`tokenizer` ({type(tokenizer).__name__}) has no mask token; add one, as in "
+                f"`tokenizer` ({kind}) has no mask token; add one, as in "
                 'tokenizer.add_special_tokens({"mask_token": "[MASK]"}), and resize the embedding'
             )
-        start, end = (
-            next((i for n in names if (i := getattr(tokenizer, n, None)) is not None), None)
-            for names in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id"))
-        )
+        if mask_id == getattr(tokenizer, "unk_token_id", None):
+            raise ValueError(
+                f"the mask and the unknown token of `tokenizer` ({kind}) are both {mask_id}: add a "
+                'mask of its own, as in tokenizer.add_special_tokens({"mask_token": "[MASK]"}), '
+                "and resize the embedding"
+            )
+        start, end = _frame_of(tokenizer)
         return cls(
             mask_id=mask_id,
             vocab_size=len(tokenizer),
@@ -135,9 +158,50 @@ class TextProcess:
             case "none":
                 return attention_mask
             case "first":
-                return attention_mask | ((~attention_mask).cumsum(dim=1) == 1)
+                behind = _behind(attention_mask)
+                return attention_mask | (behind & (behind.cumsum(dim=1) == 1))
             case "all":
-                return torch.ones_like(attention_mask)
+                return attention_mask | _behind(attention_mask)
+
+    def as_text(
+        self,
+        tokens: Tokens,
+        attention_mask: MaskLike,
+        *,
+        prefix: str = "",
+        rows: Rows | None = None,
+        relaxed: bool = False,
+    ) -> tuple[Tensor, Mask]:
+        """A text at the door: int64 ids, or `relaxed` ones where that is allowed, and a bool mask.
+
+        Raises:
+            TypeError: no tensors, or of another kind.
+            ValueError: wrong shapes, ids out of range, a mask of other values than 0 and 1, rows
+                that keep nothing, or a mask that is True at padding, as far as that can be told:
+                where it keeps `pad_id`, or nothing else where that also starts or ends a text.
+        """
+        name, mask_name = f"{prefix}tokens", f"{prefix}attention_mask"
+        known = checks.as_any_tokens if relaxed else checks.as_tokens
+        tokens = known(name, tokens, self.vocab_size)
+        mask = checks.as_mask(mask_name, attention_mask, tokens.shape[:2])
+        checks.check_kept(mask_name, mask, rows)
+        if self.pad_id is None or tokens.ndim == 3 or not checks.reads_values(tokens):
+            return tokens, mask
+        padding = tokens == self.pad_id
+        bad = (mask & padding).any(dim=1)
+        if self.pad_id in (self.start_id, self.end_id):
+            bad = ~(mask & ~padding).any(dim=1) & (~mask & ~padding).any(dim=1)
+        if rows is not None:
+            bad = bad & rows
+        if bool(bad.any()):
+            raise ValueError(
+                f"`{mask_name}` keeps positions of `{name}` that hold the padding id {self.pad_id},"
+                f" in {int(bad.sum())} of {len(bad)} rows (first: row {int(bad.long().argmax())}): "
+                "True = keep, so give ~mask where yours is True at padding, and tokens != pad_id "
+                "where yours keeps everything; where the padding id also ends texts, say so to the "
+                f"text process with end_id={self.pad_id}"
+            )
+        return tokens, mask
 
     def targets(self, tokens: Tokens, attention_mask: Mask) -> tuple[Tokens, Mask]:
         """What the decoder is to write, and the positions that count."""
@@ -207,6 +271,33 @@ class TextProcess:
     def fill_id(self) -> int:
         """The id of padding; the mask id where there is none."""
         return self.mask_id if self.pad_id is None else self.pad_id
+
+
+def _frame_of(tokenizer: Any) -> tuple[int | None, int | None]:
+    """The ids that a tokenizer puts in front of a text and behind it."""
+    kind, ask = type(tokenizer).__name__, getattr(tokenizer, "encode", None)
+    if not callable(ask):
+        raise ValueError(
+            f"`tokenizer` ({kind}) has no `encode(text, add_special_tokens=...)`, so it cannot be "
+            "asked which tokens it adds to a text; write TextProcess(mask_id=..., vocab_size=..., "
+            "start_id=..., end_id=...) with what your texts carry"
+        )
+    framed, bare = (list(ask("a", add_special_tokens=added)) for added in (True, False))
+    places = range(len(framed) - len(bare) + 1)
+    place = next((i for i in places if framed[i : i + len(bare)] == bare), None)
+    if place is None or not bare or place > 1 or len(framed) - place - len(bare) > 1:
+        raise ValueError(
+            f"`tokenizer` ({kind}) makes {framed} of a text that is {bare} without special tokens: "
+            "a text process places one token in front of a text and one behind at most; tokenize "
+            "without special tokens, and write TextProcess(mask_id=..., vocab_size=...) yourself"
+        )
+    behind = framed[place + len(bare) :]
+    return framed[0] if place else None, behind[0] if behind else None
+
+
+def _behind(attention_mask: Mask) -> Mask:
+    """The positions after the last kept one."""
+    return attention_mask.flip(1).cumsum(dim=1).flip(1) == 0
 
 
 def _put(tokens: AnyTokens, places: Mask, token_id: int) -> AnyTokens:

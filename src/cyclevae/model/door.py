@@ -1,0 +1,108 @@
+"""What every public function asks of an argument by its name, before anything is run."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from cyclevae._base import checks
+from cyclevae.gradient_policy.policy import GradientPolicy
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.text import TextProcess
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def at_the_door(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that refuses arguments of another kind than their names say, with the cure.
+
+    Raises:
+        TypeError: an array, a list or a dict in place of a tensor, a bare network in place of a
+            denoiser, processes that are swapped, a seed in place of a generator.
+    """
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    required = {name for name in names if parameters[name].default is inspect.Parameter.empty}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in _KINDS and (value is not None or name in required):
+                _KINDS[name](name, value)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_denoiser(name: str, value: object) -> None:
+    if hasattr(value, "denoise"):
+        return
+    cure = "write as_denoiser(network) around a module of the right signature"
+    if not isinstance(value, nn.Module) and hasattr(value, "denoiser"):
+        cure = "give its `.denoiser`"
+    raise TypeError(
+        f"`{name}` must be a Denoiser, an object with a `denoise` method, got "
+        f"{type(value).__name__}; {cure}"
+    )
+
+
+def _check_text_process(name: str, value: object) -> None:
+    _check_class(name, value, TextProcess, "TextProcess(mask_id=..., vocab_size=...)")
+
+
+def _check_latent_process(name: str, value: object) -> None:
+    _check_class(name, value, LatentProcess, "LatentProcess(prediction=...)")
+
+
+def _check_generator(name: str, value: object) -> None:
+    _check_class(name, value, torch.Generator, "torch.Generator(device).manual_seed(seed)")
+
+
+def _check_policy(name: str, value: object) -> None:
+    _check_class(name, value, GradientPolicy, "GradientPolicy('detach')")
+
+
+def _check_class(name: str, value: object, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        swapped = isinstance(value, TextProcess | LatentProcess)
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__}, such as {example}, got {type(value).__name__}"
+            + ("; are the two processes swapped?" if swapped else "")
+        )
+
+
+_TENSORS = (
+    "tokens",
+    "attention_mask",
+    "lengths",
+    "latents",
+    "logits",
+    "log_probs",
+    "rewards",
+    "noise",
+    "z",
+    "z_hat",
+    "y_hat",
+    "z_t",
+    "value",
+    "prediction",
+    "target",
+    "null_mask",
+    "has_text",
+    "has_latent",
+    "duplicates",
+    "weight",
+)
+_KINDS: dict[str, Callable[[str, object], None]] = {
+    **dict.fromkeys(_TENSORS, checks.check_tensor),
+    **dict.fromkeys(("mean", "variance"), checks.check_number),
+    **dict.fromkeys(("count", "text_count", "latent_count"), checks.check_number),
+    **dict.fromkeys(("denoiser", "teacher"), _check_denoiser),
+    "text_process": _check_text_process,
+    "latent_process": _check_latent_process,
+    "generator": _check_generator,
+    "policy": _check_policy,
+}
