@@ -138,7 +138,7 @@ def test_t2l_reads_a_one_hot_text_as_its_ids(dtype, see):
 
 def test_gradient_reaches_the_kept_words_of_a_relaxed_text():
     denoiser, text, process = toy_denoiser(seed=0)
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
+    mask = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
     words = torch.rand(2, 3, 7).requires_grad_()
     encoded = cv.t2l(
         denoiser, words, mask, text_process=text, latent_process=process, start="noise"

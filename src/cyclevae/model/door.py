@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
 
 from cyclevae._base import checks
 from cyclevae.gradient_policy.policy import GradientPolicy
@@ -41,7 +40,7 @@ def _check_denoiser(name: str, value: object) -> None:
     if hasattr(value, "denoise"):
         return
     cure = "write as_denoiser(network) around a module of the right signature"
-    if not isinstance(value, nn.Module) and hasattr(value, "denoiser"):
+    if hasattr(getattr(value, "denoiser", None), "denoise"):  # a Teacher, a StepModule
         cure = "give its `.denoiser`"
     raise TypeError(
         f"`{name}` must be a Denoiser, an object with a `denoise` method, got "

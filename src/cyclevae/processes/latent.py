@@ -75,6 +75,8 @@ def convert(
     checks.check_choice("source", source, get_args(Prediction))
     checks.check_choice("target", target, get_args(Prediction))
     checks.check_same_shape("value", value, "z_t", z_t)
+    checks.check_tensor("alpha", alpha)
+    checks.check_tensor("sigma", sigma)
     value, z_t = fp32(value), fp32(z_t)
     if source == target:
         return value
