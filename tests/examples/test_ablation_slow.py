@@ -21,7 +21,7 @@ from matrix import ALL, Cell
 import ablation
 
 ROOT = Path(__file__).parents[2]
-LIMIT, CAP = 2000, 2e10
+LIMIT, CAP = 2000, 2e9
 
 
 def cells():
