@@ -74,6 +74,7 @@ def test_what_luck_can_do():
     assert decoder(0.1, loss=2.6).ok is True  # where guesses agree but odds do not
     assert decoder(0.12, words=30).ok is None and decoder(0.05, words=30).ok is False
     assert decoder(0.6, words=30).ok is True
+    assert decoder(0.0, words=0).ok is None
     assert decoder(0.1, loss=math.nan).ok is False
     assert decoder(1.0, guess=1.0).ok is False  # of texts that are all alike
 

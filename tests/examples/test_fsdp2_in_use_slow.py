@@ -70,7 +70,7 @@ def work(rank):
         assert all(x.dtype == torch.float32 for x in saved.values())
     assert not step(2, batches)
     spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(network, saved, options=spread)  # only rank 0 holds it
+    set_model_state_dict(network, dict(saved), options=spread)  # only rank 0 holds it
     again = get_model_state_dict(network, options=WHOLE)
     assert all(torch.equal(again[name], saved[name]) for name in saved)
     assert gather(rank) == [0, 1]

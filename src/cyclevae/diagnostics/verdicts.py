@@ -65,7 +65,10 @@ def ill_conditioned_bridge(gain: float, max_gain: float) -> Verdict:
 
 def decoder_at_chance(found: Chance) -> Verdict:
     """Does the decoder write more of the texts than can be guessed without their latents?"""
-    name, luck = "decoder at chance", found.gain_error
+    name = "decoder at chance"
+    if not found.words:
+        return Verdict(name, None, "not judged: every word of the batch is a placed one")
+    luck = found.gain_error
     measured = (
         f"{found.accuracy:.1%} of {found.words} words are right from true latents, and "
         f"{found.guess:.1%} by the most frequent word of each position"
