@@ -420,3 +420,25 @@ def test_rows_of_a_warm_up_have_the_weights_and_the_norm():
     assert dict(trainer(batch, step=1)[1].items())["latent_norm"] == pytest.approx(
         expected, rel=0.1
     )
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("options", "rows", "match"),
+    [
+        ({"prior_options": {"mean": [1.0, 2.0]}}, 4, "`loss.prior_options.mean` must be a number"),
+        ({}, 1, "raise the batch size or set `loss.prior_weight: 0`"),
+        (
+            {"cycle_text_policy": {"bridge": "last", "freeze": ["nothing"]}},
+            4,
+            r"pattern 'nothing' under `freeze` of a `loss.cycle_\*_policy` matches no",
+        ),
+        ({"cycle_non_finite": "raise"}, 4, "or let `loss.cycle_non_finite: zero` pass over"),
+    ],
+)
+def test_errors_of_a_step_name_keys_of_the_host(options, rows, match, no_checks):
+    trainer = cycle(prior_weight=0.1, **options)
+    if "cycle_non_finite" in options:
+        dead(trainer)
+    with pytest.raises((ValueError, FloatingPointError), match=match):
+        trainer(make_batch(rows), step=0)

@@ -664,7 +664,10 @@ def test_keys_of_the_host_are_left_to_it():
         ({"cycle_text_policy": {"brige": "last"}}, "unknown key `loss.cycle_text_policy.brige`"),
         ({"cycle_latent_policy": "full"}, "`loss.cycle_latent_sampling` 'argmax': `rloo` is the"),
         ({"cycle_latent_sampling": "rloo"}, "`loss.cycle_latent_policy` is 'stop_gradient' and"),
-        ({"cycle_latent_policy": {"bridge": "full"}}, "`loss.cycle_latent_policy`: the 'argmax'"),
+        (
+            {"cycle_latent_policy": {"bridge": "full"}},
+            "`loss.cycle_latent_sampling` 'argmax': `rloo`",
+        ),
         (
             {"cycle_latent_distance": "cos"},
             "`loss.cycle_latent_distance` is 'cos'; did you mean 'cosine'",
@@ -719,7 +722,8 @@ def test_keys_without_a_use_are_logged_once(caplog):
         "cyclevae: loss_type l2t does not use cycle_text_weight, prior_weight"
     ]
     caplog.clear()
-    cycle(cycle_latent_t_max=0.9, cycle_text_policy="full", cycle_stop_grad_latent=False)
+    unused = {"cycle_latent_t_max": 0.9, "cycle_stop_grad_latent": False}
+    cycle(cycle_text_policy="full", parameterization="x0", **unused)
     assert caplog.messages == [
         "cyclevae: no effect here: cycle_latent_t_max, cycle_stop_grad_latent"
     ]
@@ -727,7 +731,8 @@ def test_keys_without_a_use_are_logged_once(caplog):
 
 def test_one_line_at_the_first_step(caplog):
     caplog.set_level(logging.INFO, "cyclevae")
-    trainer = cycle(cycle_warmup_steps=5, cycle_latent_warmup_steps=0, prior_weight=0.5)
+    warm_up = {"cycle_warmup_steps": 5, "cycle_latent_warmup_steps": 0}
+    trainer = cycle(prior_weight=0.5, parameterization="x0", **warm_up)
     trainer(make_batch())  # an evaluation says nothing
     for number in range(2, 5):
         trainer(make_batch(), step=number)
@@ -742,6 +747,12 @@ def test_the_first_rank_speaks_alone(caplog, monkeypatch):
     monkeypatch.setattr(trainer_module, "this_rank", lambda: 1)
     cycle()(make_batch(), step=0)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("parameterization", "warns"), [("x0", False), ("v_param", True)])
+def test_what_the_samplers_of_the_host_misread_is_said(parameterization, warns, caplog):
+    cycle(parameterization=parameterization)
+    assert ("the host's T2L samplers take the prediction" in caplog.text) is warns
 
 
 def test_other_classes():

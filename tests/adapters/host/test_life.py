@@ -93,7 +93,7 @@ def test_every_config_of_the_host_goes_through(checkout, config):
     from cyclevae.adapters.latentdlm.modes import check_loss_type
 
     folder = str(checkout / "latentDLM_mmdit" / "configs")
-    with hydra.initialize_config_dir(folder, version_base="1.1"):
+    with hydra.initialize_config_dir(folder, version_base=None):
         loaded = hydra.compose(config)
     assert check_loss_type(loaded) in ("multimodal_mdlm", "l2t")
     assert LossKeys.read(loaded.loss).given() == []

@@ -124,7 +124,8 @@ class LossKeys:
             if isinstance(policy, str):
                 checks.check_choice(f"loss.{key}", policy, list(presets))
         policy, sampling = self.cycle_latent_policy, self.cycle_latent_sampling
-        if isinstance(policy, str) and (policy in _OPEN) != (sampling == "rloo"):
+        bridge = policy if isinstance(policy, str) else policy.get("bridge")
+        if (bridge in (*_OPEN, "last")) != (sampling == "rloo"):
             raise ValueError(
                 f"`loss.cycle_latent_policy` is {policy!r} and `loss.cycle_latent_sampling` "
                 f"{sampling!r}: `rloo` is the one sampling with a gradient, and goes with the "

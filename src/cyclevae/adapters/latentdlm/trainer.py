@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import ItemsView, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -94,9 +95,9 @@ class CycleTrainer(nn.Module):
         nn.Module.__setattr__(self, "model", host.model)
         nn.Module.__setattr__(self, "text_noise_schedule", host.text_noise_schedule)
         self._objective: CycleObjective | None = None
-        self._random: Tensor | None = None
-        self.evaluated = False  # before a checkpoint that was resumed: see `forward`
+        self.evaluated = False  # before a checkpoint that was resumed: see `_forget_the_loader`
         self.train(host.training)
+        self._random: Tensor | None = None  # the state in which an evaluation begins
         self._begin(check_loss_type(host.config))
 
     def _begin(self, mode: str) -> None:
@@ -125,6 +126,12 @@ class CycleTrainer(nn.Module):
                 "out `loss.cycle_start_step`"
             )
         self._objective = keys.objective(self.host)
+        if (name := self.host.latent_diffusion.parameterization) != "x0" and not this_rank():
+            _log.warning(
+                "cyclevae: the host's T2L samplers take the prediction for the latent, which is "
+                "right for latent_parameterization x0 alone; of %s read it by cyclevae.t2l",
+                name,
+            )
         terms = self._objective.terms or ()
         whole = [_on_all_rows(term) for term in terms]
         self._measure = replace(self._objective, terms=whole, non_finite=None)
@@ -229,10 +236,9 @@ class CycleTrainer(nn.Module):
             if not parameter.requires_grad:  # as a step in another mode leaves them
                 parameter.requires_grad_(True)
         rows = rows_of(batch)
-        with host_words():
-            output = self._objective(
-                self._denoiser, rows, step=self._cycle_step(step), teacher=self._teacher
-            )
+        options: dict[str, Any] = {"step": self._cycle_step(step), "teacher": self._teacher}
+        with nullcontext() if torch.compiler.is_compiling() else host_words():
+            output = self._objective(self._denoiser, rows, **options)
         if self._watch is not None:
             self._watch.note(self._dead(output, step))
         return output.loss, self._metrics(output, rows)

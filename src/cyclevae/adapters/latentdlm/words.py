@@ -9,6 +9,9 @@ _RENAMED = {  # what the library says, as keys of the host
     r"`terms\.\w+\.bridge\.": "`loss.cycle_bridge_",
     r"`terms\.(cycle_\w+)(\.policy|(?=`))": r"`loss.\1_policy",
     r"`terms`: prior: prior='\w+'": "`loss.prior_options`",
+    r"`prior` of \d+ texts: `(?!z`)(\w+)`": r"`loss.prior_options.\1`",
+    r"give the term weight 0": "set `loss.prior_weight: 0`",
+    r"pattern ('[^']*') of freeze\(\)": r"pattern \1 under `freeze` of a `loss.cycle_*_policy`",
     r"non_finite='skip' or 'zero' pass": "`loss.cycle_non_finite: zero` pass",
 }
 
