@@ -365,6 +365,26 @@ def test_the_default_mode_of_the_host_goes_on(given, caplog):
     assert run(trainer, [1])[0]["training_mode"] == "unconditional"
 
 
+@pytest.mark.parametrize(("parameterization", "sign"), [("x0", 1), ("v_param", -1)])
+def test_what_the_samplers_of_the_host_take_for_a_latent(parameterization, sign):
+    """Their one step from noise returns the prediction; on the rows that were trained on here."""
+    trainer = cycle(
+        parameterization=parameterization,
+        **{"base_loss": "corrected", "latent_loss_weight": 1.0, "text_loss_weight": 0.0},
+        **{"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0},
+    )
+    optimizer, batch = torch.optim.AdamW(trainer.parameters(), lr=1e-2), make_batch()
+    for step in range(150):
+        optimizer.zero_grad()
+        trainer(batch, step=step)[0].backward()
+        optimizer.step()
+    times = torch.zeros(4), torch.ones(4)
+    noise = torch.randn(4, 1, 8)
+    latents = trainer.model(batch["input_ids"], noise, *times, batch["attention_mask"])[1][:, 0]
+    cosine = torch.cosine_similarity(latents, batch["latent"]).mean()
+    assert sign * cosine > 0.8
+
+
 # Learned priors
 
 
