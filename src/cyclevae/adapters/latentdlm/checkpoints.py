@@ -157,7 +157,7 @@ def resume(path: str | Path, trainer: nn.Module, optimizer: torch.optim.Optimize
     logging = getattr(_config_of(trainer), "logging", None)
     every = getattr(logging, "eval_freq", None)
     if hasattr(trainer, "evaluated"):
-        trainer.evaluated = every is not None and state.step >= every
+        setattr(trainer, "evaluated", every is not None and state.step >= every)  # noqa: B010
     if rank == 0:
         _keep_log(logging, folder, state.step)
     return state

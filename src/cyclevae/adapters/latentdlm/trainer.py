@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cyclevae._base.reduce import only_present
 from cyclevae.adapters.latentdlm.config import LossKeys
 from cyclevae.adapters.latentdlm.host import HostDenoiser, this_rank
 from cyclevae.adapters.latentdlm.modes import (
@@ -25,6 +26,7 @@ from cyclevae.adapters.latentdlm.words import host_words
 from cyclevae.objective.batch import Batch
 from cyclevae.objective.objective import CycleObjective
 from cyclevae.objective.output import StepOutput
+from cyclevae.objective.statistics import mean_norm
 from cyclevae.objective.term import Term, UnpairedTerm, Weight
 from cyclevae.processes.schedules import Turn
 from cyclevae.scale.checkpointing import checkpoint_passes
@@ -199,9 +201,12 @@ class CycleTrainer(nn.Module):
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CycleTrainer":
-        if getattr(self, "_teacher", None) is not None:  # no submodule, for names in the state_dict
-            self._teacher.network._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        teacher: Any = self.__dict__.get("_teacher")  # no submodule, for names in the state_dict
+        if teacher is not None:
+            teacher.network._apply(fn, recurse)
+        apply: Any = super()._apply
+        apply(fn, recurse)
+        return self
 
     def forward(
         self, batch: Mapping[str, Tensor], step: int | None = None
@@ -316,7 +321,9 @@ class CycleTrainer(nn.Module):
         weights = [metrics[name] for name in self._cycles]
         metrics["cycle_weight"] = sum(weights, torch.zeros_like(metrics["loss"]))
         if "latent_norm" not in metrics:
-            metrics["latent_norm"] = _norm(rows)
+            kept: Any = rows  # with every part, marked where it is broken
+            latents = only_present(kept.latents, kept.has_latent)
+            metrics["latent_norm"] = mean_norm(latents, kept.has_latent)
         return metrics
 
 
@@ -324,12 +331,6 @@ def _on_all_rows(term: Term) -> Term:
     """A term as evaluations run it: at every step, and on all rows."""
     term = replace(term, weight=_alone(term.weight), every=1, fraction=1.0)
     return replace(term, pairs=True) if isinstance(term, UnpairedTerm) else term
-
-
-def _norm(rows: Batch) -> Tensor:
-    """The mean length of the latents that are there."""
-    lengths, there = rows.latents.norm(dim=1), rows.has_latent
-    return torch.where(there, lengths, 0.0).sum() / there.sum().clamp(min=1)
 
 
 def _alone(weight: Weight) -> Weight:

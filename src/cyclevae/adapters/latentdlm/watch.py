@@ -1,5 +1,7 @@
 """Whether a model is dead: no step of many in a row had a finite term."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,15 +48,15 @@ class Watch:
             raise FloatingPointError(
                 f"no term of the loss was finite for {int(count)} steps in a row: the model is "
                 "dead. Go on from the last checkpoint, whose weights are finite, with a lower "
-                "`optimizer.lr`, or with `training.dtype: bf16` or fp32 in place of fp16; "
-                "`loss.cycle_dead_steps` sets how many steps that takes"
+                "`optimizer.lr`; `loss.cycle_dead_steps` sets how many steps that takes"
             )
 
     @staticmethod
     def _begin_copy(count: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         there = torch.empty((), dtype=count.dtype, pin_memory=True)
         there.copy_(count, non_blocking=True)
-        arrived = torch.cuda.Event()
+        events: Any = torch.cuda.Event  # which has no annotations
+        arrived = events()
         arrived.record()
         return there, arrived
 
