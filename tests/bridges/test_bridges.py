@@ -432,6 +432,8 @@ def test_gumbel_bias_and_variance():
     np.testing.assert_allclose(biases, [0.766, 0.241, 0.0848, 0.0039], atol=5e-4)
     np.testing.assert_allclose(biases, [0.76, 0.25, 0.09, 0.005], atol=0.01)
     assert variances[3] / variances[1] == pytest.approx(37.0, abs=0.05)
+    words = [oracles.gumbel_gradient([0, 1, 2], word, [1])[0][0] for word in np.eye(3)]
+    np.testing.assert_allclose(words, [0.103, 0.276, 0.268], atol=2e-3)
 
 
 @pytest.mark.parametrize("temperature", [5.0, 1.0, 0.5])

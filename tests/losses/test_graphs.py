@@ -59,6 +59,7 @@ def test_nobody_learns(name):
 
 
 @pytest.mark.unhooked
+@pytest.mark.unhooked  # the hook calls functions of its own
 def test_the_default_of_encode_text_is_named():
     z_hat = cv.encode_text(DENOISER, TOKENS, MASK, **PROCESSES)
     with pytest.warns(UserWarning, match="GradientPolicy") as caught:

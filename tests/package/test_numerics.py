@@ -158,7 +158,7 @@ def nats(x):
 
 
 IDS, KEPT = torch.zeros(1, ROWS, dtype=torch.long), torch.ones(1, ROWS, dtype=torch.bool)
-TEXT = cv.TextProcess(mask_id=1, vocab_size=D + 1, pad_id=1)
+TEXT = cv.TextProcess(mask_id=1, vocab_size=D + 1, pad_id=0)
 OF_PAIRS = {  # of two sets of rows
     "mse": (
         lambda z, y: cv.latent_loss(z, y),

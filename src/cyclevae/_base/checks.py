@@ -7,9 +7,11 @@ otherwise.
 
 import difflib
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from cyclevae._base.derivatives import transformed
 from cyclevae._base.types import Number
 
+_PACKAGE = str(Path(__file__).parents[1])
 _values: bool | None = None
 
 
@@ -238,19 +241,22 @@ def check_finite(name: str, tensor: Tensor, cure: str) -> None:
             )
 
 
-def warn_without_graph(name: str, *tensors: Tensor, cure: str, depth: int = 2) -> None:
+def warn_without_graph(name: str, *tensors: Tensor, cure: str) -> None:
     """Say once for each place that a loss teaches nobody, which is no error, but rarely meant.
 
-    The place is `depth` calls up. Quiet under `torch.no_grad`, where nothing is to be taught.
+    The place is the user's. Quiet under `torch.no_grad`, where nothing is to be taught.
     """
     if not torch.is_grad_enabled() or any(t.requires_grad for t in tensors):
         return
     if torch.compiler.is_compiling() or any(t.is_meta or transformed(t) for t in tensors):
         return
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, depth = frame.f_back, depth + 1
     warnings.warn(
         f"`{name}` has no graph, so that nobody learns from it: {cure}. To measure without a "
         "gradient, say so by torch.no_grad()",
-        stacklevel=depth + 1,
+        stacklevel=depth,
     )
 
 

@@ -19,12 +19,14 @@ def rloo_surrogate(
 ) -> Float[Tensor, " b"]:
     """A loss per row whose gradient estimates that of minus the expected reward, without bias.
 
-    `-1/k sum_i stop_gradient(R_i - mean_{j != i} R_j) log p_i` over `k` independent samples. Each
-    sample is compared with the others only: a mean that includes it would shrink the gradient by
-    `(k - 1) / k`. The value means nothing; the gradient is minus the unbiased sample covariance of
-    rewards and scores, so a constant added to all rewards of a row changes nothing. Its variance
-    falls with `k`, and grows with the length of the texts. It is for one backward pass: second
-    derivatives, which would not be those of the expected reward, are refused.
+    `-1/k sum_i stop_gradient(R_i - mean_{j != i} R_j) log p_i` over `k` independent samples of the
+    very distribution, temperature included, that `log p` is of. What parameters do to a reward
+    otherwise than by the sample is not in it, and is added as a loss of its own. Each sample is
+    compared with the others only: a mean that includes it would shrink the gradient by
+    `(k-1)/k`. The value means nothing; the gradient is minus the unbiased sample covariance of rewards and
+    scores, so a constant added to all rewards of a row changes nothing. Its variance falls with
+    `k`, and grows with the length of the texts. It is for one backward pass: second derivatives,
+    which would not be those of the expected reward, are refused.
 
     Args:
         log_probs: log-probabilities of the samples `[k, b]`, with a graph: see `text_log_prob`.

@@ -2,9 +2,11 @@
 
 Moments, MMD and SIGReg are statistics of a batch. They return one scalar and take no reduction, and
 they are not linear in the batch: averages over accumulation steps or ranks are not the value of the
-whole batch. The unbiased forms are unbiased on any split and may be negative; the biased forms
-never are, and reward contraction in small batches. The learned prior and the DDVI terms read the
-model's own distribution of latents, and are means over rows.
+whole batch. The unbiased forms are unbiased on any split, under the conditions that each states,
+and may be negative; the biased forms never are, but for rounding, and reward contraction in small
+batches. Equal rows get equal gradients: none of them parts latents that have collapsed exactly. The
+learned prior and the DDVI terms read the model's own distribution of latents, and are means over
+rows.
 """
 
 from collections.abc import Callable

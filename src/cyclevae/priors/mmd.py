@@ -74,10 +74,12 @@ def mmd_prior(
             the longer side as the shorter has.
         bandwidth: `target`, or `median`: half the median squared distance between rows of `z` (and
             `reference`, pooled; for `linear` between those it pairs) in place of `T`, no gradient.
-            Where that is next to 0, as for collapsed latents, `T` is kept.
+            Where that is next to 0, as for collapsed latents, `T` is kept. A kernel that depends on
+            the batch makes no estimator quite unbiased, and its deviation no constant.
         standardize: divide by the standard deviation under the target, in closed form for the
-            bandwidth used: the value then counts standard deviations, whatever the batch size,
-            width and kernel. Not for `biased` or `reference`, where there is no such form.
+            bandwidth used, as of a fixed one: the value then counts standard deviations of batches
+            on the target, whatever the batch size, width and kernel. Not for `biased` or
+            `reference`, where there is no such form.
 
     Raises:
         ValueError: fewer than 2 samples, latents that are not finite, a scale or variance that is

@@ -89,7 +89,7 @@ def moment_prior(
         >>> moment_prior(z, form="hinge", threshold=0.5, estimator="biased")
         tensor(0.5000)
         >>> moment_prior(z, form="full_bures", covariance=torch.eye(2) * 2, estimator="biased")
-        tensor(2.0000)
+        tensor(2.)
     """
     checks.check_choice("form", form, get_args(MomentForm))
     x, v = standard_form(z, mean, variance, estimator)

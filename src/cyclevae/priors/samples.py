@@ -18,7 +18,7 @@ def standard_form(
 ) -> tuple[Float[Tensor, "b D"], Float[Tensor, " D"]]:
     """Centred latents, flat, and the target's variances, in float64: see `fp64`."""
     checks.check_latents("z", z)
-    checks.warn_without_graph("z", z, cure=checks.ENCODE_WITH_GRAPH, depth=3)
+    checks.warn_without_graph("z", z, cure=checks.ENCODE_WITH_GRAPH)
     checks.check_choice("estimator", estimator, get_args(Estimator))
     if len(z) < 2:
         raise ValueError(
