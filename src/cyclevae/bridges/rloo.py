@@ -23,10 +23,10 @@ def rloo_surrogate(
     very distribution, temperature included, that `log p` is of. What parameters do to a reward
     otherwise than by the sample is not in it, and is added as a loss of its own. Each sample is
     compared with the others only: a mean that includes it would shrink the gradient by
-    `(k-1)/k`. The value means nothing; the gradient is minus the unbiased sample covariance of rewards and
-    scores, so a constant added to all rewards of a row changes nothing. Its variance falls with
-    `k`, and grows with the length of the texts. It is for one backward pass: second derivatives,
-    which would not be those of the expected reward, are refused.
+    `(k-1)/k`. The value means nothing; the gradient is minus the unbiased sample covariance of
+    rewards and scores, so a constant added to all rewards of a row changes nothing. Its variance
+    falls with `k`, and grows with the length of the texts. It is for one backward pass: second
+    derivatives, which would not be those of the expected reward, are refused.
 
     Args:
         log_probs: log-probabilities of the samples `[k, b]`, with a graph: see `text_log_prob`.
