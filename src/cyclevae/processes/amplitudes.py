@@ -1,6 +1,7 @@
 """The amplitudes of signal and noise: what a schedule must give, and the discretised ones."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import Time
 
 
-def check_schedule(time: Time, alpha: object, sigma: object) -> None:
+def check_schedule(time: Time, alpha: Any, sigma: Any) -> None:
     """Amplitudes at some times: tensors like these, of a signal-to-noise ratio that falls."""
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if not isinstance(value, Tensor) or value.shape != time.shape:

@@ -165,7 +165,7 @@ class TextProcess:
 
     def as_text(
         self,
-        tokens: Tokens,
+        tokens: AnyTokens,
         attention_mask: MaskLike,
         *,
         prefix: str = "",
