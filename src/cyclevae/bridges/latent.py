@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cyclevae._base import checks
+from cyclevae._base.draws import seeded
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
 from cyclevae.gradient_policy.gate import refuse_reentrant
@@ -96,7 +97,7 @@ class LatentBridge:
         if self.noise == 0:
             return z_hat
         noise = torch.randn(
-            z_hat.shape, dtype=z_hat.dtype, device=z_hat.device, generator=generator
+            z_hat.shape, dtype=z_hat.dtype, device=z_hat.device, **seeded(generator)
         )
         return z_hat + self.noise * noise
 

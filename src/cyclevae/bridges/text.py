@@ -17,6 +17,7 @@ from cyclevae._base.checks import (
     check_nonnegative,
     check_positive,
 )
+from cyclevae._base.draws import seeded
 from cyclevae._base.types import AnyTokens, Logits, MaskLike, Number
 from cyclevae.bridges.words import (
     argmax_text,
@@ -281,6 +282,6 @@ def draw_lengths(
             "give `pseudo_text_mask`"
         )
     index = torch.randint(
-        len(attention_mask), (rows,), device=attention_mask.device, generator=generator
+        len(attention_mask), (rows,), device=attention_mask.device, **seeded(generator)
     )
     return attention_mask[index]

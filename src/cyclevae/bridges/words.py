@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cyclevae._base.checks import as_mask, check_positive
 from cyclevae._base.derivatives import once
+from cyclevae._base.draws import seeded
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Mask, MaskLike, Number, RelaxedTokens, Tokens
 from cyclevae.model.chunks import chunk_of
@@ -75,7 +76,7 @@ def categorical_text(
     attention_mask = check_logits(logits, attention_mask, text_process)
     rows = logits.detach().flatten(0, 1)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    uniform = torch.rand(len(rows), 2, dtype=dtype, device=rows.device, generator=generator)
+    uniform = torch.rand(len(rows), 2, dtype=dtype, device=rows.device, **seeded(generator))
     words = _by_chunks(lambda x, u: _draw(fp32(x) / temperature, u, text_process), rows, uniform)
     return text_process.frame(words.view(attention_mask.shape), attention_mask)
 
@@ -265,7 +266,7 @@ def _inverse_cdf(mass: Float[Tensor, "n k"], uniform: Float[Tensor, " n"]) -> In
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Gumbel noise: the argmax of `logits + noise` is a draw from their softmax."""
-    race = torch.empty_like(like).exponential_(generator=generator)
+    race = torch.empty_like(like).exponential_(**seeded(generator))
     # An infinite noise would make a NaN of a forbidden id's minus infinity, and that one win
     return -race.clamp_(min=torch.finfo(race.dtype).tiny).log_()
 

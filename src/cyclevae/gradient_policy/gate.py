@@ -9,13 +9,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.utils import parametrize as _cached
 from torch.utils.hooks import RemovableHandle
 
 from cyclevae.gradient_policy.selection import Home, Patterns, homes, select
 
 # What a group of parameters is lent instead: one alias for each, which decides about its gradient.
+# A parameter with hooks is a group of its own.
 Gate = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 # One autograd node for several parameters costs less Python than one node each, but it holds the
@@ -39,6 +42,18 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
         return (None,) * len(gradients)
+
+
+class _ZeroGate(torch.autograd.Function):
+    """The same for one parameter with hooks that must fire: with zeros, for None is no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
 
 
 class FunctionalGate(torch.autograd.Function):
@@ -69,8 +84,18 @@ class FunctionalGate(torch.autograd.Function):
 
 def drop_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gate of `freeze`: aliases that require grad and pass none on."""
+    (first, *_) = parameters
+    if _has_hooks(first):  # which autograd would call with None
+        if dist.is_available() and dist.is_initialized():  # but DDP waits for its own beside them
+            return (_ZeroGate.apply(first),)  # type: ignore[no-untyped-call]
+        parameters = [first.detach().requires_grad_()]
     aliases: tuple[Tensor, ...] = _Gate.apply(*parameters)  # type: ignore[no-untyped-call]
     return aliases
+
+
+def _has_hooks(parameter: Any) -> bool:
+    """Whether somebody looks at the gradient of a parameter, such as to clamp it."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 class _Swap:
@@ -84,11 +109,15 @@ class _Swap:
         # Read only now: FSDP2 has put the unsharded parameters in place.
         held = [home[key] for home, key in self.homes]
         learning = {id(p): p for p in held if p is not None and p.requires_grad}
-        parameters: list[Tensor] = list(learning.values())
-        aliases: list[Tensor] = []
-        for start in range(0, len(parameters), _PARAMETERS_PER_GATE):
-            aliases += self.gate(parameters[start : start + _PARAMETERS_PER_GATE])
-        alias_of = dict(zip(learning, aliases, strict=True))
+        hooked = [p for p in learning.values() if _has_hooks(p)]
+        plain = [p for p in learning.values() if not _has_hooks(p)]
+        groups = [hooked[i : i + 1] for i in range(len(hooked))]
+        for start in range(0, len(plain), _PARAMETERS_PER_GATE):
+            groups.append(plain[start : start + _PARAMETERS_PER_GATE])
+        alias_of = {}
+        for group in groups:
+            for parameter, alias in zip(group, self.gate(group), strict=True):
+                alias_of[id(parameter)] = alias
         self.lent = [
             (home, key, parameter, alias_of[id(parameter)])
             for (home, key), parameter in zip(self.homes, held, strict=True)
@@ -123,7 +152,7 @@ class Frozen(AbstractContextManager["Frozen"]):
 
     def __init__(self, target: object, patterns: Patterns, gate: Gate = drop_gradients) -> None:
         self.target, self.patterns, self.gate = target, patterns, gate
-        self.entered: list[tuple[list[_Swap], list[RemovableHandle]]] = []
+        self.entered: list[tuple[list[_Swap], list[RemovableHandle], dict[Any, Any]]] = []
 
     def __enter__(self) -> "Frozen":
         swaps, hooks = [], []
@@ -138,11 +167,14 @@ class Frozen(AbstractContextManager["Frozen"]):
                 hooks.append(
                     unit.register_forward_hook(swap.give_back, prepend=True, always_call=True)
                 )
-        self.entered.append((swaps, hooks))
+        # Weights that parametrize.cached() keeps were made of the parameters outside.
+        self.entered.append((swaps, hooks, _cached.__dict__["_cache"]))
+        _cached.__dict__["_cache"] = {}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        swaps, hooks = self.entered.pop()
+        swaps, hooks, cache = self.entered.pop()
+        _cached.__dict__["_cache"] = cache if _cached.__dict__["_cache_enabled"] else {}
         for hook in hooks:
             hook.remove()
         for swap in swaps:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from cyclevae.gradient_policy.roles import ROLES, Roles, matches
 
@@ -126,6 +127,16 @@ def select(target: object, patterns: Patterns) -> list[Slot]:
                 f"would undo the swap: freeze the module that was given to fully_shard, with a "
                 f"pattern for the part. Tensor parallelism without FSDP2 is not supported."
             )
+        if isinstance(slot.parameter, UninitializedParameter):
+            raise ValueError(
+                f"{slot.name!r} has no shape yet: run the lazy module once before it is frozen."
+            )
+        if isinstance(slot.owner, torch.jit.ScriptModule) or hasattr(slot.parameter, "ds_id"):
+            raise ValueError(
+                f"{slot.name!r} belongs to a {type(slot.owner).__name__} whose parameters "
+                "TorchScript, or DeepSpeed's ZeRO stage 3, keeps elsewhere, where freeze() cannot "
+                "reach them: script it later, or shard with torch's fully_shard."
+            )
         if isinstance(slot.owner, nn.RNNBase):
             raise ValueError(
                 f"{slot.name!r} belongs to a {type(slot.owner).__name__}, which computes with a "
@@ -141,10 +152,10 @@ def _look(roots: Sequence[nn.Module]) -> _Survey:
         if module is None:
             continue
         shape.append(type(module))  # fully_shard changes it in place
-        shape += module._parameters
+        shape += module._parameters.keys()
         parameters += module._parameters.values()
         shape.append(None)
-        shape += module._modules
+        shape += module._modules.keys()
         modules += module._modules.values()
     return survey
 

@@ -4,7 +4,7 @@ from cyclevae.gradient_policy.gate import check_patterns
 from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.model.denoiser import refuse_unused
 from cyclevae.objective.plan import Plan, Planned, learners, make_plan
-from cyclevae.objective.requests import Own
+from cyclevae.objective.requests import Decode, Own
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Step
 from cyclevae.objective.term import Term
@@ -76,6 +76,8 @@ def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
     # the last pass of several must reach every parameter, or asks too much of DDP
     if step.plan.number > 1 and step.plan.last().roles != ROLES:
         refuse_unused(step.denoiser)
+    if any(isinstance(p, Decode) and p.rows.others for p in step.plan.shared):
+        step.rows.need_lengths()
     lacking = _lacks_rows(step.plan, step.rows)
     if lacking is None:
         return step.rows

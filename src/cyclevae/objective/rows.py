@@ -13,6 +13,8 @@ from cyclevae._base.types import Latents, Mask, Number, Rows, Tokens
 from cyclevae.bridges.text import draw_lengths
 from cyclevae.processes.text import TextProcess
 
+_NO_TEXTS = torch.ones(0, 1, dtype=torch.bool)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -37,12 +39,7 @@ class Share:
 
     def numbers(self, paired: int, rows: int, *, marked: bool) -> tuple[int, int]:
         """How many of the pairs, and of the other rows."""
-        pairs, others = (
-            # rounded up, but not because a fraction such as 0.1 is a little more than written
-            math.ceil(share * n - 1e-9)
-            for share, n in ((self._of_pairs(marked), paired), (self.others, rows - paired))
-        )
-        return pairs, others
+        return _of(self._of_pairs(marked), paired), _of(self.others, rows - paired)
 
     def _of_pairs(self, marked: bool) -> Number:
         return self.marked if marked and self.marked is not None else self.pairs
@@ -54,6 +51,13 @@ class Share:
             max(self.others, other.others),
             max(self._of_pairs(True), other._of_pairs(True)),
         )
+
+
+def _of(share: Number, number: int) -> int:
+    """A share of a number of rows, rounded up."""
+    if share in (0, 1):  # in which case symbolic sizes stay simple
+        return number if share else 0
+    return math.ceil(share * number - 1e-9)  # as 0.1 is a little more than written
 
 
 class Texts(NamedTuple):
@@ -171,11 +175,11 @@ class Arranged(NamedTuple):
         of them twice, with noise of their own. Losses of single rows must leave them out. Where no
         row has a text, the id `nothing` is kept in one position of each.
         """
-        if self.has_text is None or self.texts is None or not len(self.texts.tokens):
+        if self.has_text is None or self.texts is None or not len(self.has_text):
             return self
         tokens, mask = self.texts
         rows = torch.arange(len(mask), device=mask.device)
-        distance = (rows - rows[:, None]) % max(len(rows), 1)
+        distance = (rows - rows[:, None]) % len(rows)
         source = distance.masked_fill(~self.has_text, len(rows)).argmin(dim=1)
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         none = first & ~self.has_text.any()
@@ -194,14 +198,20 @@ class Arranged(NamedTuple):
             raise ValueError("this step decodes latents, and the batch holds none")
         return self.latents
 
-    def need_pairs(self, term: str, least: int = 1, share: Share = Share(1.0)) -> None:
-        """An error where a term reads fewer pairs than it needs."""
-        read = share.numbers(self.paired, self.paired, marked=False)[0]
-        if read < least:
+    def need_pairs(self, term: str, least: int = 1, share: Number = 1) -> None:
+        """An error where there are fewer pairs than a term needs, in the share that it reads."""
+        pairs = _of(share, self.paired)
+        if pairs < least:
             raise ValueError(
                 f"`{term}` needs {least} pair{'s' * (least > 1)} in a batch or more, got "
-                f"{read}; give it weight 0, or leave it out, to train without"
+                f"{pairs}; give it weight 0, or leave it out, to train without"
             )
+
+    def need_lengths(self) -> None:
+        """An error where lengths are to be drawn from texts, and there is none."""
+        texts = () if self.texts is None else self.texts.tokens
+        if self.pseudo_text_mask is None and not len(texts):
+            draw_lengths(_NO_TEXTS, len(self.need_latents()) - self.paired)
 
     def all_of(self, direction: Literal["texts", "latents"]) -> Tensor:
         """All rows of a direction, or an error where there is none."""
@@ -217,9 +227,8 @@ class Arranged(NamedTuple):
         texts, drawn = self.texts, self.pseudo_text_mask
         unpaired = len(self.need_latents()) - self.paired
         if drawn is None:
-            none = torch.ones(0, 1, dtype=torch.bool)
             drawn = draw_lengths(
-                none if texts is None else texts.mask, unpaired, generator=generator
+                _NO_TEXTS if texts is None else texts.mask, unpaired, generator=generator
             )
         return drawn if texts is None else stack_masks(texts.mask[: self.paired], drawn)
 

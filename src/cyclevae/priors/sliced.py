@@ -3,6 +3,7 @@
 import torch
 
 from cyclevae._base import checks
+from cyclevae._base.draws import seeded
 from cyclevae._base.precision import fp32, no_autocast, rounded
 from cyclevae._base.types import Estimator, Latents, Number, Scalar
 from cyclevae.model.door import at_the_door
@@ -55,7 +56,7 @@ def sigreg_prior(
     Examples:
         >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
-        >>> z = torch.randn(64, 8, generator=generator)
+        >>> z = torch.randn(64, 8, **seeded(generator))
         >>> good = sigreg_prior(z, generator=generator)
         >>> collapsed = sigreg_prior(0.1 * z, generator=generator)
         >>> bool(good.abs() < 0.5), bool(collapsed > 20)
@@ -68,7 +69,7 @@ def sigreg_prior(
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
     n, d = x.shape
     # drawn alike for latents of any precision
-    u = torch.randn(d, directions, dtype=fp32(z).dtype, device=x.device, generator=generator).to(x)
+    u = torch.randn(d, directions, dtype=fp32(z).dtype, device=x.device, **seeded(generator)).to(x)
     u = u / torch.linalg.vector_norm(u, dim=0)
     t = torch.linspace(0, bound, knots, dtype=x.dtype, device=x.device)
     target = (-t.square() / 2).exp()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cyclevae._base.draws import seeded
 from cyclevae._base.types import Latents
 from cyclevae.processes.latent import LatentProcess
 
@@ -23,4 +24,4 @@ def draw_noise(
             "as in LatentProcess(shape=(64,)), or give `noise`"
         )
     dtype = torch.get_default_dtype() if like is None else like.dtype
-    return torch.randn(rows, *shape, dtype=dtype, device=at.device, generator=generator)
+    return torch.randn(rows, *shape, dtype=dtype, device=at.device, **seeded(generator))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.draws import seeded
 from cyclevae._base.types import AnyTokens, Mask, MaskLike, Rows, Time, Tokens
 
 TaughtPadding = Literal["none", "first", "all"]
@@ -230,7 +231,7 @@ class TextProcess:
             The noised tokens `[b, s]`, and which of them were masked.
         """
         draw = torch.rand(
-            tokens.shape, dtype=torch.float32, device=tokens.device, generator=generator
+            tokens.shape, dtype=torch.float32, device=tokens.device, **seeded(generator)
         )
         masked = self.taught(attention_mask) & (draw < rate[:, None])
         return self.pad(tokens, attention_mask).masked_fill(masked, self.mask_id), masked

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from cyclevae._base.checks import check_choice, check_positive
+from cyclevae._base.draws import seeded
 from cyclevae._base.types import Number, Schedule, Time
 from cyclevae.processes.schedules import Anneal
 
@@ -120,7 +121,7 @@ class TimePolicy:
         if self.stratified:
             u = stratified_times(rows, device=device, generator=generator)
         else:
-            u = 1 - torch.rand(rows, dtype=torch.float32, device=device, generator=generator)
+            u = 1 - torch.rand(rows, dtype=torch.float32, device=device, **seeded(generator))
         if self.distribution == "logit_normal":
             u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
             u = u.clamp(1e-7, 1 - 1e-7)  # a logit-normal variable is never 0 or 1
@@ -146,8 +147,8 @@ def stratified_times(
 
     Reference: variational diffusion models, https://arxiv.org/abs/2107.00630, appendix I.
     """
-    jitter = torch.rand(1, dtype=torch.float32, device=device, generator=generator)
-    order = torch.randperm(rows, device=device, generator=generator)
+    jitter = torch.rand(1, dtype=torch.float32, device=device, **seeded(generator))
+    order = torch.randperm(rows, device=device, **seeded(generator))
     return (1 - (order + jitter) / max(rows, 1)).clamp(min=1e-7)
 
 

@@ -75,7 +75,7 @@ class Contrastive(Term):
 
     def check_step(self, step: Step) -> None:
         """Pairs to compare are needed, and a bridge that still is well-conditioned."""
-        step.rows.need_pairs(self.name, least=2, share=self.rows)
+        step.rows.need_pairs(self.name, least=2, share=self.fraction)
         step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
 
     def loss(self, step: Step) -> Scalar:

@@ -78,6 +78,7 @@ class Unconditional(Term):
         """Texts and latents are needed, paired or not, and times above 0."""
         step.rows.need_texts()
         step.rows.need_latents()
+        step.rows.need_lengths()
         if self.latent_time is not None:
             highest(self.latent_time, step.number)
 
