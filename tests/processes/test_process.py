@@ -632,6 +632,7 @@ def test_from_tokenizer_without_a_mask_token(tokenizer):
         ({"special_ids": tuple(range(7))}, "every id of the vocabulary is forbidden"),
     ],
 )
+@pytest.mark.unhooked
 def test_ids_out_of_range(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         cv.TextProcess(**{"mask_id": 2, "vocab_size": 7, **arguments})
