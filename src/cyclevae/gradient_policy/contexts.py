@@ -21,7 +21,8 @@ def freeze(target: object, *patterns: str | nn.Module) -> Frozen:
     non-reentrant activation checkpointing, autocast, `torch.compile`, DDP and FSDP2.
 
     Names are resolved at every entry, without the prefixes of wrappers (DDP's `module.`,
-    `_orig_mod.`). A tied parameter is frozen wherever it is used. The swap is seen by every thread.
+    `_orig_mod.`). A tied parameter is frozen in every module of the target; one outside learns, so
+    give the whole network and a pattern. The swap is seen by every thread.
     It cannot hold where a pass bypasses the modules: reentrant checkpointing, which
     `refuse_reentrant` finds and the losses refuse; `functional_call`, for which there is
     `gate_params`; a list that holds parameters; an FSDP2 unit entered by another method than its

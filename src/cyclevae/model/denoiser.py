@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -79,31 +79,44 @@ class ModuleDenoiser:
     in fp32 or better, because bf16 knows none between 0.996 and 1.
 
     Attributes:
-        network: the module as given (plain, DDP, FSDP2 or compiled); it is what gets called.
+        network: the module as given (plain, DDP, FSDP2, compiled, an average, with adapters); it is
+            what gets called.
         module: the plain module inside, against which parameter patterns resolve.
         roles: which of its parameters serve one direction alone, if that was said.
         takes_mask: whether its forward has an `attention_mask`; if not, texts have one length.
     """
 
     def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
-        self.network = network
+        self._network, self._path = network, _path(network)
         self.roles = getattr(self.module, "roles", None) if roles is None else roles
         if self.roles is not None:
             self.roles.groups(self.module)
         # Decided once: a wrapper's own forward takes anything, so ask the plain module.
-        parameters = inspect.signature(self.module.forward).parameters.values()
+        plain = self.module
+        while "_fsdp_wrapped_module" in plain._modules:  # FSDP1, which `freeze` must still see
+            plain = plain.get_submodule("_fsdp_wrapped_module")
+        parameters = inspect.signature(plain.forward).parameters.values()
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters}
         self._takes_need = anything or "need" in names
         self.takes_mask = anything or "attention_mask" in names
 
     @property
+    def network(self) -> nn.Module:
+        """The module as given; another one is for another denoiser: see `with_network`."""
+        return self._network
+
+    @property
     def module(self) -> nn.Module:
-        """The plain module, out of its DDP and `torch.compile` wrappers."""
-        module = self.network
-        while isinstance(inner := _wrapped(module), nn.Module):
-            module = inner
-        return module
+        """The plain module, out of all wrappers that only hand calls on."""
+        module: Any = self.network
+        for name in self._path:
+            module = module._modules[name]
+        return cast(nn.Module, module)
+
+    def with_network(self, network: nn.Module) -> "ModuleDenoiser":
+        """The same around another network, such as this one in a wrapper."""
+        return ModuleDenoiser(network, self.roles)
 
     def denoise(
         self,
@@ -142,6 +155,11 @@ class ModuleDenoiser:
 
 def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDenoiser:
     """Make a `Denoiser` of a module, plain or wrapped in DDP, FSDP2 or `torch.compile`.
+
+    Other wrappers are seen through too, and any number of them: `AveragedModel`, `DataParallel`,
+    PEFT's, Accelerate's, those of activation checkpointing, and whatever holds one module to which
+    its `forward(*args, **kwargs)` hands all on. Arguments, names of parameters and roles are those
+    of the innermost module.
 
     The module is called as `network(tokens, latents, text_time=, latent_time=, attention_mask=)`,
     with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. One whose
@@ -357,8 +375,42 @@ def _naming_dtypes(dtype: torch.dtype | None) -> Iterator[None]:
         ) from error
 
 
-def _wrapped(module: nn.Module) -> object:
+def _path(module: nn.Module) -> tuple[str, ...]:
+    """The names that lead through wrappers to the plain module."""
+    path: list[str] = []
+    while (name := _handed_to(module)) is not None:
+        path.append(name)
+        module = module.get_submodule(name)
+    return tuple(path)
+
+
+def _handed_to(module: nn.Module) -> str | None:
+    """The child to which a wrapper hands every call, or None where it is no wrapper."""
     # Names, not imports: torch.distributed may be missing and dynamo is slow to import.
-    if type(module).__name__ == "DistributedDataParallel":
-        return module.module
-    return module._modules.get("_orig_mod")
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if name in module._modules:
+            return name
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    if module._parameters or "_fsdp_wrapped_module" in children or not _takes_anything(module):
+        return None
+    for name, child in children.items():
+        inside = set(child.modules())
+        if all(other in inside for other in children.values()) and _can_be_called(child):
+            return name
+    return None
+
+
+def _takes_anything(module: nn.Module) -> bool:
+    kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
+    return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether a module takes what a denoiser is called with."""
+    for mask in ({"attention_mask": 0}, {}):  # which it may do without
+        with suppress(TypeError):
+            inspect.signature(module.forward).bind(
+                "tokens", "latents", text_time=0, latent_time=0, **mask
+            )
+            return True
+    return False

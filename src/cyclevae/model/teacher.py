@@ -63,8 +63,12 @@ class Teacher(nn.Module):
                 )
         self.decay = decay
         self.network = copy.deepcopy(source, _computed(source)).requires_grad_(False)
-        self.denoiser = as_denoiser(self.network)
         self.train(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "network":  # which may be wrapped in place
+            self.denoiser = as_denoiser(value)
 
     def update(self, network: nn.Module) -> None:
         """Move towards a network, plain or wrapped; call it after each optimizer step.

@@ -1,6 +1,7 @@
 """Objective and network as one module."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ class StepModule(nn.Module):
     """Objective and network as one module: what one wraps in DDP or compiles.
 
     `forward(batch, step)` runs every pass of a step inside one forward, so that DDP sees a single
-    forward and backward however many passes the plan has.
+    forward and backward however many passes the plan has. Its `network` may be replaced or wrapped
+    in place, as in `step.network = torch.compile(step.network)`: it is the one that trains.
 
     Args:
         denoiser: the model, made by `as_denoiser`.
@@ -26,6 +28,7 @@ class StepModule(nn.Module):
 
     Raises:
         TypeError: a denoiser without a registered network, or a teacher that is no `Teacher`.
+        RuntimeError: a replaced network of a denoiser of one's own without `with_network`.
 
     Examples:
         >>> from cyclevae import CycleObjective
@@ -59,6 +62,23 @@ class StepModule(nn.Module):
         self.objective = objective
         self.teacher = teacher
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "network" and hasattr(self, "denoiser"):
+            self._follow()
+
+    def _follow(self) -> None:
+        """Let the denoiser call the registered network, whoever has replaced that."""
+        denoiser: Any = self.denoiser
+        if denoiser.network is self.network:
+            return
+        if not hasattr(denoiser, "with_network"):
+            raise RuntimeError(
+                f"`network` was replaced, and the {type(denoiser).__name__} around the old one has "
+                "no `with_network(network)` to follow: make a new StepModule, or give it one"
+            )
+        self.denoiser = denoiser.with_network(self.network)
+
     def forward(
         self,
         batch: Batch,
@@ -67,6 +87,7 @@ class StepModule(nn.Module):
         counts: Mapping[str, Count] | None = None,
     ) -> StepOutput:
         """One step of the objective."""
+        self._follow()  # as what sets `_modules` calls no __setattr__
         teacher = None if self.teacher is None else self.teacher.denoiser
         return self.objective(
             self.denoiser,

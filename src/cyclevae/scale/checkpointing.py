@@ -18,7 +18,17 @@ class Checkpointed:
     def __getattr__(self, name: str) -> Any:
         if name == "denoiser":  # a copy asks before it has one
             raise AttributeError(name)
-        return getattr(self.denoiser, name)  # `network`, `module` and `roles`
+        return getattr(self.denoiser, name)  # `module` and `roles`
+
+    @property
+    def network(self) -> Any:
+        """That of the denoiser inside."""
+        return getattr(self.denoiser, "network")  # noqa: B009 - not every Denoiser has one
+
+    def with_network(self, network: nn.Module) -> "Checkpointed":
+        """The same around another network."""
+        inside: Any = self.denoiser
+        return Checkpointed(inside.with_network(network))
 
     def denoise(self, tokens: AnyTokens, latents: Latents, **state: Any) -> Denoised:
         """One forward, and one more in the backward: see `Denoiser.denoise`."""
