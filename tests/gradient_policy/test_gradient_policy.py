@@ -284,13 +284,12 @@ def test_parametrized_weights_are_frozen_by_their_originals():
     (scale, direction) = model[0].parametrizations.weight.parameters()
     assert_frozen(loss, [scale])
     assert_learns(loss, [direction, model[0].bias])
-    # A cached weight is an alias: what was computed outside leaks, and the probe says so.
+    # A weight that was computed outside, and kept, is computed again.
     with nn.utils.parametrize.cached():
         model(x)
         with freeze(model, "0.*") as frozen:
             loss = model(x).square().sum()
-    with pytest.raises(RuntimeError, match=r"'0\.parametrizations\.weight\.original0', "):
-        frozen.probe(loss)
+    frozen.probe(loss)
 
 
 def test_another_thread_sees_the_frozen_parameters():

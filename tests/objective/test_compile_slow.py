@@ -63,6 +63,50 @@ def test_a_step_compiles_to_one_graph(objective):
     assert_same_as_eager(module, parameters, batch, 3, counts=counts)
 
 
+def longer(batch, by):
+    """The same texts, with more padding."""
+
+    def padded(part):
+        return torch.nn.functional.pad(part, (0, by))
+
+    texts = ("tokens", "attention_mask", "unpaired_tokens", "unpaired_attention_mask")
+    return batch._replace(**{name: padded(getattr(batch, name)) for name in texts})
+
+
+SIZES = [
+    toy_batch(rows=4),
+    longer(toy_batch(rows=3), 2),
+    toy_batch(rows=3),
+    longer(toy_batch(rows=5), 3),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_two_compilations_serve_every_size_and_length(objective):
+    """A smaller last batch, and a longer text: the second makes sizes symbolic."""
+    teacher = cv.Teacher(DENOISER.module) if objective.setting.reads_teacher else None
+    module = cv.StepModule(DENOISER, objective, teacher)
+    (fast, counter), parameters = compiled(module), list(DENOISER.module.parameters())
+    for batch in SIZES:
+        torch.testing.assert_close(
+            result(fast, parameters, batch, 3), result(module, parameters, batch, 3)
+        )
+    assert counter.frame_count == 2
+
+
+def test_with_a_generator_the_graph_breaks_at_draws_and_is_compiled_no_third_time():
+    module = cv.StepModule(DENOISER, cv.CycleObjective(TEXT, LATENT))
+    counter = CompileCounterWithBackend("eager")
+    fast, compiled_twice = torch.compile(module, backend=counter), 0
+    for number, batch in enumerate(SIZES):
+        made = [torch.Generator().manual_seed(0) for _ in range(2)]
+        actual, wanted = fast(batch, 3, made[0]), module(batch, 3, made[1])
+        torch.testing.assert_close(actual.loss, wanted.loss)
+        if number == 1:
+            compiled_twice = counter.frame_count
+    assert counter.frame_count == compiled_twice
+
+
 def test_a_denoiser_of_a_compiled_network_runs_compiled():
     calls = []
 

@@ -51,10 +51,13 @@ def dump(instance: Any, path: str) -> dict[str, Any]:
         value = getattr(instance, f.name)
         if f.init:
             options |= value if f.metadata.get(BESIDE) else {f.name: value}
-    return {name: _plain(f"{path}.{name}", value) for name, value in options.items()}
+    hints = get_type_hints(type(instance))
+    return {
+        name: _plain(f"{path}.{name}", value, hints.get(name)) for name, value in options.items()
+    }
 
 
-def _plain(path: str, value: Any) -> Any:
+def _plain(path: str, value: Any, hint: Any = None) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return dump(value, path)
     if isinstance(value, Mapping):
@@ -65,9 +68,10 @@ def _plain(path: str, value: Any) -> Any:
         return [_plain(f"{path}[{i}]", item) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    told = _told(list(_alternatives(hint))) if hint is not None else ""
     raise ValueError(
         f"`{path}` is {value!r}, which a plain configuration cannot hold; put it in by code, as in "
-        "dataclasses.replace(term, ...), or use a name, a number or a schedule such as ramp(...)"
+        f"dataclasses.replace(term, ...){f', or use {told}' if told else ''}"
     )
 
 
