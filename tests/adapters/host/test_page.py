@@ -29,7 +29,7 @@ def test_the_command_and_the_first_line(checkout, toy, tmp_path):
         "=/runs": f"={tmp_path / 'runs'}",
     }.items():
         command = command.replace(place, str(here))
-    words = shlex.split(command)
+    words = shlex.split(command.replace("\\\n", " "))
     done = subprocess.run(
         [sys.executable, *words[1:], *SMALL],
         cwd=host, env=environment(host), capture_output=True, text=True,
