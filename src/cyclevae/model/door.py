@@ -12,7 +12,8 @@ from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def at_the_door(function: Callable[P, R]) -> Callable[P, R]:
