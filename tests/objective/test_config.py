@@ -573,3 +573,18 @@ def identity(logits, mask, **_):
 def test_a_function_of_ones_own_is_named_where_it_stands(term, path):
     with pytest.raises(ValueError, match=f"`{path}` is .*a plain configuration cannot hold"):
         of(cv.Text(), term).to_config()
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        (cv.Prior(lambda z: z.square().mean()), "dataclasses.replace(term, ...), or use a name"),
+        (cv.CycleLatent(bridge=lambda *_: None), "or use a name"),
+        (cv.Latent(weight=lambda step: 1.0), "or use the options of a Ramp"),
+    ],
+)
+def test_a_function_is_told_what_a_configuration_holds_in_its_place(term, words):
+    with pytest.raises(ValueError) as caught:
+        of(term).to_config()
+    assert words.split(", ")[-1].split("or use ")[-1] in str(caught.value)
+    assert ("ramp" in str(caught.value).lower()) == isinstance(term, cv.Latent)

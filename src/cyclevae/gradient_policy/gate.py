@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.nn.utils import parametrize as _cached
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from cyclevae.gradient_policy.selection import Home, Patterns, homes, select
@@ -152,7 +152,7 @@ class Frozen(AbstractContextManager["Frozen"]):
 
     def __init__(self, target: object, patterns: Patterns, gate: Gate = drop_gradients) -> None:
         self.target, self.patterns, self.gate = target, patterns, gate
-        self.entered: list[tuple[list[_Swap], list[RemovableHandle], dict[Any, Any]]] = []
+        self.entered: list[tuple[list[_Swap], list[RemovableHandle], Any]] = []
 
     def __enter__(self) -> "Frozen":
         swaps, hooks = [], []
@@ -168,13 +168,17 @@ class Frozen(AbstractContextManager["Frozen"]):
                     unit.register_forward_hook(swap.give_back, prepend=True, always_call=True)
                 )
         # Weights that parametrize.cached() keeps were made of the parameters outside.
-        self.entered.append((swaps, hooks, _cached.__dict__["_cache"]))
-        _cached.__dict__["_cache"] = {}
+        cached = None
+        if not torch.compiler.is_compiling():
+            cached, parametrize.__dict__["_cache"] = parametrize.__dict__["_cache"], {}
+        self.entered.append((swaps, hooks, cached))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        swaps, hooks, cache = self.entered.pop()
-        _cached.__dict__["_cache"] = cache if _cached.__dict__["_cache_enabled"] else {}
+        swaps, hooks, cached = self.entered.pop()
+        if cached is not None:
+            enabled = parametrize.__dict__["_cache_enabled"]
+            parametrize.__dict__["_cache"] = cached if enabled else {}
         for hook in hooks:
             hook.remove()
         for swap in swaps:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,8 @@ class ModuleDenoiser:
         module: Any = self.network
         for name in self._path:
             module = module._modules[name]
-        return cast(nn.Module, module)
+        plain: nn.Module = module
+        return plain
 
     def with_network(self, network: nn.Module) -> "ModuleDenoiser":
         """The same around another network, such as this one in a wrapper."""

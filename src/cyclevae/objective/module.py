@@ -87,7 +87,8 @@ class StepModule(nn.Module):
         counts: Mapping[str, Count] | None = None,
     ) -> StepOutput:
         """One step of the objective."""
-        self._follow()  # as what sets `_modules` calls no __setattr__
+        if not torch.compiler.is_compiling():
+            self._follow()  # as what sets `_modules` calls no __setattr__
         teacher = None if self.teacher is None else self.teacher.denoiser
         return self.objective(
             self.denoiser,
