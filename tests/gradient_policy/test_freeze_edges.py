@@ -9,7 +9,7 @@ from cyclevae.gradient_policy.contexts import freeze
 from cyclevae.gradient_policy.gate import Frozen
 from cyclevae.scale.non_finite import Scale, Verdict
 
-pytestmark = pytest.mark.unhooked
+pytestmark = [pytest.mark.unhooked, pytest.mark.filterwarnings("ignore:.*(azy|jit)")]
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
 
 
@@ -23,7 +23,11 @@ def of_tensor(parameter, seen):
 
 
 def after_accumulation(parameter, seen):
-    parameter.register_post_accumulate_grad_hook(lambda p: seen.append(1) or p.grad.clamp_(-1, 1))
+    def clamp(parameter):
+        seen.append(1)
+        parameter.grad.clamp_(-1, 1)
+
+    parameter.register_post_accumulate_grad_hook(clamp)
 
 
 @pytest.mark.parametrize("hook", [of_tensor, after_accumulation])

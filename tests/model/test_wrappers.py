@@ -56,7 +56,6 @@ WRAPPERS = {
     "none": lambda network: network,
     "average": AveragedModel,
     "data parallel": nn.DataParallel,
-    "compiled": lambda network: torch.compile(network, backend="eager"),
     "adapters": lambda network: Tuner(Tuner(network)),
     "fabric": Fabric,
     "checkpoints": checkpoint_wrapper,

@@ -51,7 +51,10 @@ def dump(instance: Any, path: str) -> dict[str, Any]:
         value = getattr(instance, f.name)
         if f.init:
             options |= value if f.metadata.get(BESIDE) else {f.name: value}
-    hints = get_type_hints(type(instance))
+    try:
+        hints = get_type_hints(type(instance))
+    except NameError:  # a class of one's own, with names of a function; they only help an error
+        hints = {}
     return {
         name: _plain(f"{path}.{name}", value, hints.get(name)) for name, value in options.items()
     }
