@@ -68,7 +68,7 @@ def test_the_innermost_module_counts(wrap):
     torch.manual_seed(0)
     plain = Plain(vocab_size=7, latent_dim=4)
     denoiser = cv.as_denoiser(wrap(copy.deepcopy(plain)))
-    assert type(denoiser.module) is Plain and denoiser.roles is Plain.roles
+    assert type(denoiser.module) is Plain and denoiser.roles == Plain.roles
     assert isinstance(cv.Teacher(denoiser.network).network, Plain)
     loss, wanted = (
         OBJECTIVE(d, toy_batch(), step=0, generator=torch.Generator().manual_seed(0)).loss
