@@ -322,30 +322,39 @@ def test_vdm_visits_every_step_once():
         assert found == pytest.approx(expected, rel=2e-2)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "sigmoid"])
-def test_likelihood_is_the_trapezoidal_rule_of_a_table(schedule):
-    process, rows = LatentProcess(schedule), 200_000
-    time, weight = draw("likelihood", rows, process)
-    gamma = -process.snr(middle(range(1000))).log()[FIRST : LAST + 1]
+def sloped(time):
+    """Continuous, with a signal-to-noise ratio above 0 at full noise."""
+    return 1 - 0.99 * time, 0.01 + 0.99 * time
+
+
+@pytest.mark.parametrize("ends", [{}, WHOLE], ids=["inner", "whole"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid", sloped])
+def test_likelihood_is_the_trapezoidal_rule(schedule, ends):
+    process, rows = LatentProcess(schedule, prediction="x0"), 200_000
+    first, last = (0, 999) if ends else (FIRST, LAST)
+    time, weight = draw("likelihood", rows, process, **ends)
+    gamma = -process.snr(middle(range(1000))).log()[first : last + 1]
     width = gamma[-1] - gamma[0]
     assert weight.shape == (rows,) and torch.equal(weight, (width / 2).expand(rows))
-    share = torch.bincount((time * 999).long(), minlength=1000)[FIRST : LAST + 1] / rows
+    share = torch.bincount((time * 999).long(), minlength=1000)[first : last + 1] / rows
     padded = torch.cat([gamma[:1], gamma, gamma[-1:]])
-    torch.testing.assert_close(
-        share.double(), (padded[2:] - padded[:-2]) / 2 / width, rtol=0, atol=3 / rows
-    )
-    assert time.min() >= middle(FIRST) and time.max() <= middle(LAST)
+    expected = (padded[2:] - padded[:-2]) / 2 / width
+    torch.testing.assert_close(share.double(), expected, rtol=0, atol=3 / rows)
+    assert torch.isin(time, middle(range(1000))).all()
+    assert expected[-1] > 0.1 or schedule != "cosine" or not ends  # the last step matters
 
 
 def test_likelihood_is_uniform_in_gamma_on_a_continuous_schedule():
     process = LatentProcess("continuous_cosine")
     time, weight = draw("likelihood", 1000, process)
     gamma = (-process.snr(time).log()).sort().values
-    ends = -process.snr(middle([FIRST, LAST])).log()
-    assert float(weight[0]) == pytest.approx(float(ends[1] - ends[0]) / 2)
-    spread = (gamma - ends[0]) / (ends[1] - ends[0])
+    steps = -process.snr(middle(range(FIRST, LAST + 1))).log()
+    width = steps[-1] - steps[0]
+    assert float(weight[0]) == pytest.approx(float(width) / 2)
+    spread = (gamma - steps[0]) / width
     expected = (torch.arange(1000).double() + 0.5) / 1000
-    assert float((spread - expected).abs().max()) < 2e-3
+    half = steps.diff().max() / width / 2
+    assert float((spread - expected).abs().max()) < half + 1e-3
 
 
 def test_likelihood_of_a_coarse_table_of_ones_own():

@@ -13,7 +13,8 @@ def transformed(tensor: Tensor) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
 
 
 def once(surrogate: Tensor, name: str) -> Tensor:

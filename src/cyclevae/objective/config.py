@@ -318,9 +318,10 @@ def _refuse_version_1(options: Mapping[str, Any], version: Any, terms: Mapping[s
             places.setdefault(old, []).append(f"terms.{kind}.{new}")
         places.setdefault("caps", []).append(f"terms.{kind}.cap")
     old = [key for key in options if key in places]
-    if version == VERSION and not old:
+    known = isinstance(version, int) and version in (1, VERSION)
+    if known and version == VERSION and not old:
         return
-    if version not in (1, VERSION):
+    if not known:
         raise ValueError(f"`version` must be {VERSION}, got {version!r}")
     told = [f"`{key}` is now {' and '.join(f'`{p}`' for p in places[key])}" for key in old]
     raise ValueError(

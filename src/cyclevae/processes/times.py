@@ -154,12 +154,14 @@ def stratified_times(
 
 def check_time(name: str, value: object) -> None:
     """Refuse what is neither a time, from 0 (clean) to 1 (full noise), nor draws times."""
+    if isinstance(value, TimePolicy):
+        return refuse_clean(name, value.high)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, TimePolicy) and not (number and 0 <= value <= 1):
+    if not (number and 0 <= value <= 1):  # type: ignore[operator] # a number, then
         raise ValueError(
             f"`{name}` must lie in [0 (clean), 1 (full noise)] or be a TimePolicy, got {value!r}"
         )
-    refuse_clean(name, value.high if isinstance(value, TimePolicy) else value)
+    refuse_clean(name, value)
 
 
 def refuse_clean(name: str, highest: object) -> None:

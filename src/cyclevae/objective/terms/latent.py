@@ -93,17 +93,17 @@ class Latent(Term):
         """The conversion must be sound at all times that can be told, and weigh something."""
         process = setting.latent_process
         space = self.space or process.prediction
-        random = isinstance(self.time, TimePolicy)
-        ends = (self.time.lowest(), highest(self.time)) if random else (self.time,) * 2
-        for end in ends:  # whatever comes between
+        high = highest(self.time)
+        low = self.time.lowest() if isinstance(self.time, TimePolicy) else high
+        for end in (low, high):  # whatever comes between
             process.refuse_ill_conditioned(end, space=space)
         if self.min_snr is None:
             return
-        times = torch.linspace(*ends, 100, dtype=torch.float64, device="cpu")
+        times = torch.linspace(low, high, 100, dtype=torch.float64, device="cpu")
         weight = min_snr_weight(process, times, space=space, gamma=self.min_snr).max().item()
         if weight < _NOTHING:
             raise ValueError(
-                f"`min_snr` = {self.min_snr:g} weighs times from {ends[0]:g} to {ends[1]:g} with "
+                f"`min_snr` = {self.min_snr:g} weighs times from {low:g} to {high:g} with "
                 f"{weight:.1e} at most, so that the loss teaches nothing: draw other times, as in "
                 "time=TimePolicy('uniform'), or leave `min_snr` out"
             )
