@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cyclevae as cv
+from cyclevae._base import precision
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import RECIPES, recipe
 
@@ -72,8 +73,9 @@ class NoDoubles(TorchDispatchMode):
 
 
 @every_recipe
-def test_no_float64_is_made_on_the_device(objective):
+def test_no_float64_is_made_on_the_device(objective, monkeypatch):
     """Whose device has none: https://github.com/pytorch/pytorch/issues/122602."""
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", ("meta",))
     network = toy_denoiser(seed=0)[0].module.to("meta")
     teacher = cv.Teacher(network).denoiser
     batch = cv.Batch(*[part.to("meta") for part in toy_batch(rows=4)[:6]])

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+WITHOUT_FLOAT64 = ("mps",)  # devices
+
+
 def fp32(tensor: Tensor) -> Tensor:
     """A tensor in fp32 or better."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -14,9 +17,9 @@ def fp32(tensor: Tensor) -> Tensor:
 def fp64(tensor: Tensor) -> Tensor:
     """A tensor in float64: for differences of large numbers, such as distances far from 0.
 
-    In fp32 on MPS devices, which have no float64.
+    In fp32 on devices that have none.
     """
-    return fp32(tensor) if tensor.device.type == "mps" else tensor.double()
+    return fp32(tensor) if tensor.device.type in WITHOUT_FLOAT64 else tensor.double()
 
 
 def rounded(value: Tensor, like: Tensor) -> Tensor:
