@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
 WITHOUT_FLOAT64 = ("mps",)  # devices
 
 

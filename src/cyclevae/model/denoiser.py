@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from cyclevae._base import checks
 from cyclevae._base.precision import no_autocast
 from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Time
 from cyclevae.gradient_policy.roles import Roles
+from cyclevae.model.wrappers import path_inside
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -87,7 +88,7 @@ class ModuleDenoiser:
     """
 
     def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
-        self._network, self._path = network, _path(network)
+        self._network, self._path = network, path_inside(network)
         self.roles = getattr(self.module, "roles", None) if roles is None else roles
         if self.roles is not None:
             self.roles.groups(self.module)
@@ -374,44 +375,3 @@ def _naming_dtypes(dtype: torch.dtype | None) -> Iterator[None]:
             f"parameters ({dtype}) and `text_time` and `latent_time` in float32 or better: cast "
             "these where they are read, as in latent_time.to(latents), and all parameters alike"
         ) from error
-
-
-def _path(module: nn.Module) -> tuple[str, ...]:
-    """The names that lead through wrappers to the plain module."""
-    path: list[str] = []
-    while (name := _handed_to(module)) is not None:
-        path.append(name)
-        module = module.get_submodule(name)
-    return tuple(path)
-
-
-def _handed_to(module: nn.Module) -> str | None:
-    """The child to which a wrapper hands every call, or None where it is no wrapper."""
-    # Names, not imports: torch.distributed may be missing and dynamo is slow to import.
-    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
-        if name in module._modules:
-            return name
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    if module._parameters or "_fsdp_wrapped_module" in children or not _takes_anything(module):
-        return None
-    for name, child in children.items():
-        inside = set(child.modules())
-        if all(other in inside for other in children.values()) and _can_be_called(child):
-            return name
-    return None
-
-
-def _takes_anything(module: nn.Module) -> bool:
-    kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
-    return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-
-
-def _can_be_called(module: nn.Module) -> bool:
-    """Whether a module takes what a denoiser is called with."""
-    for mask in ({"attention_mask": 0}, {}):  # which it may do without
-        with suppress(TypeError):
-            inspect.signature(module.forward).bind(
-                "tokens", "latents", text_time=0, latent_time=0, **mask
-            )
-            return True
-    return False

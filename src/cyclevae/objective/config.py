@@ -151,7 +151,7 @@ def load(path: str, options: Mapping[str, Any], cls: Any) -> Any:
             raise ValueError(f"unknown key `{path}.{key}`; {nearest(str(key), hints)}")
     needed = [f.name for f in fields(cls) if f.init and _required(f)]
     if missing := [name for name in needed if name not in options]:
-        raise ValueError(f"`{path}.{missing[0]}` is missing")
+        raise ValueError(f"`{path}.{missing[0]}` is missing, and has no default: give it")
     values = {str(k): parse(f"{path}.{k}", v, hints[k]) for k, v in options.items()}
     try:
         return cls(**values)
