@@ -12,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def reversed_argmax(logits, attention_mask, *, text_process, generator):
-    return cv.argmax_text(logits.flip(1), attention_mask, text_process=text_process).flip(1)
+    logits, mask = logits.flip(1), attention_mask.flip(1)
+    return cv.argmax_text(logits, mask, text_process=text_process).flip(1)
 
 
 BRIDGES = (
