@@ -102,7 +102,7 @@ def made(told, *, join_passes=False):
         return of(*terms)
 
 
-@settings(quick, max_examples=80)
+@settings(quick, max_examples=30)
 @given(some_terms, st.integers(0, 1), st.booleans())
 def test_the_announced_passes_are_those_that_run(told, step, join_passes):
     objective = made(told, join_passes=join_passes)
@@ -126,7 +126,7 @@ def test_the_announced_passes_are_those_that_run(told, step, join_passes):
     assert objective.weights(step) == {term.name: term.weight for term in ran}
 
 
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=20)
 @given(some_terms)
 def test_counts_are_the_denominators(told):
     """The own count is the loss, twice the count is half of it, and no other term moves."""
