@@ -72,7 +72,11 @@ class Rows(Dataset):
         batch = toy_batch(seed=0, rows=4)
         mask = torch.arange(5) < torch.tensor([[5], [4], [2], [1]])
         self.batch = batch._replace(
-            attention_mask=mask, unpaired_attention_mask=mask.flip(0), pseudo_text_mask=mask
+            tokens=batch.tokens.clamp(min=3) * mask,
+            attention_mask=mask,
+            unpaired_tokens=batch.unpaired_tokens.clamp(min=3) * mask.flip(0),
+            unpaired_attention_mask=mask.flip(0),
+            pseudo_text_mask=mask,
         )
 
     def __len__(self):
