@@ -183,7 +183,7 @@ def reread(draw, objective):
         if draw.random() < 0.2:
             del node[key]
         else:
-            node[key] = draw.choice(JUNK)
+            node[key] = draw.choice([value for value in JUNK if not callable(value)])
     return cv.CycleObjective.from_config(config)
 
 

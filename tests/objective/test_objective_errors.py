@@ -105,6 +105,10 @@ def test_through(term):
 
 
 @cases(
+    frozen_patterns=(
+        lambda: cv.TextMarginal(freeze={}),
+        "`freeze` must be a tuple of shell patterns on parameter names such as ('decoder.*',), go",
+    ),
     nobody_learns=(
         lambda: of(cv.TextMarginal(freeze=("decoder_only", "shared"))),
         "nobody learns from `text_marginal`, whose options freeze decoder_only, shared: freeze l",

@@ -45,17 +45,8 @@ class GradientPolicy:
                 f"'last' (gradient flows into the last of its passes) or 'full' (gradient flows "
                 f"through the bridge), got {self.bridge!r}."
             )
-        for name, patterns in (("freeze", self.freeze), ("freeze_bridge", self.freeze_bridge)):
-            if isinstance(patterns, str):
-                raise ValueError(
-                    f"`{name}` must be a tuple of patterns, got the bare string {patterns!r}: "
-                    f"write ({patterns!r},)."
-                )
-            if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
-                raise ValueError(
-                    f"`{name}` must be a tuple of shell patterns on parameter names such as "
-                    f"('decoder.*',), got {patterns!r}."
-                )
+        check_are_patterns("freeze", self.freeze)
+        check_are_patterns("freeze_bridge", self.freeze_bridge)
         if self.bridge == "detach" and self.freeze_bridge:
             raise ValueError(
                 f"`freeze_bridge`={self.freeze_bridge!r} has no meaning with bridge='detach', "
@@ -95,6 +86,20 @@ class GradientPolicy:
 
 
 STOP_GRADIENT = GradientPolicy()
+
+
+def check_are_patterns(name: str, patterns: object) -> None:
+    """Refuse what is no tuple of shell patterns."""
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"`{name}` must be a tuple of patterns, got the bare string {patterns!r}: "
+            f"write ({patterns!r},)."
+        )
+    if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(
+            f"`{name}` must be a tuple of shell patterns on parameter names such as "
+            f"('decoder.*',), got {patterns!r}."
+        )
 
 
 def _frozen(denoiser: object, patterns: tuple[str, ...]) -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import Count, Scalar
 from cyclevae.bridges.text import AnyTextBridge, TextBridge
+from cyclevae.gradient_policy.policy import check_are_patterns
 from cyclevae.losses.text_marginal import text_marginal_loss
 from cyclevae.objective.requests import DECODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
@@ -41,6 +42,7 @@ class TextMarginal(UnpairedTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_are_patterns("freeze", self.freeze)
         bridge = TextBridge.of(self.bridge)
         if bridge.differentiable is False:
             raise ValueError(
