@@ -208,7 +208,7 @@ def test_shapes_of_latents_and_kinds_of_masks():
     for other in (wide, *({**batch, "attention_mask": mask} for mask in masks)):
         assert torch.equal(step(trainer, other)[0], expected)
     absent = {k: v for k, v in batch.items() if k != "attention_mask"}
-    with pytest.raises(ValueError, match="keeps positions of .* that hold the padding id 0"):
+    with pytest.raises(ValueError, match=r"keeps positions of .* that hold the padding id 0"):
         step(trainer, absent)
     full = {**absent, "input_ids": absent["input_ids"].clamp(min=3)}
     ones = {**full, "attention_mask": torch.ones_like(batch["attention_mask"])}

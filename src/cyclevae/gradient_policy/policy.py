@@ -85,9 +85,6 @@ class GradientPolicy:
         return _frozen(denoiser, self.freeze)
 
 
-STOP_GRADIENT = GradientPolicy()
-
-
 def check_are_patterns(name: str, patterns: object) -> None:
     """Refuse what is no tuple of shell patterns."""
     if isinstance(patterns, str):
@@ -100,6 +97,9 @@ def check_are_patterns(name: str, patterns: object) -> None:
             f"`{name}` must be a tuple of shell patterns on parameter names such as "
             f"('decoder.*',), got {patterns!r}."
         )
+
+
+STOP_GRADIENT = GradientPolicy()
 
 
 def _frozen(denoiser: object, patterns: tuple[str, ...]) -> AbstractContextManager[object]:
