@@ -588,7 +588,7 @@ def test_rows_without_words_and_no_rows_at_all(bridge, rows):
     z = torch.randn(rows, 4).double()
     if rows:
         with pytest.raises(ValueError, match="`attention_mask` must keep a position or more"):
-            cycle(spy, bridge, z, mask, policy=policy)
+            cycle(spy, bridge, z, mask, noise=z, policy=policy)
     for reduction in ("mean", "sum", "nats"):
         with cv.check_values(False):
             loss = cycle(spy, bridge, z, mask, noise=z, policy=policy, reduction=reduction)

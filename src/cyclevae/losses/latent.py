@@ -282,7 +282,7 @@ def encoded_loss(
     )
 
 
-def _cosine_distance(x: Latents, y: Latents) -> Latents:
+def _cosine_distance(x: Latents, y: Latents) -> Loss:
     """`1 - cos(x, y)`, which would cancel where they are near, as half a squared distance."""
     x, y = direction(fp64(x)), direction(fp64(y))
     missing = torch.stack([1 - part.square().sum(dim=-1) for part in (x, y)])

@@ -36,7 +36,7 @@ class Kernel:
     of: Callable[[Tensor], Tensor]
     bandwidths2: PerComponent
     weights: PerComponent
-    far: tuple[PerComponent, PerComponent] | None = None
+    far: tuple[Float[Tensor, " far"], Float[Tensor, " far"]] | None = None
 
     def mean(self, x: Samples, variance: PerDimension) -> Float[Tensor, " b"]:
         """`E k(x_i, z)`.

@@ -204,7 +204,7 @@ class TextProcess:
             )
         return tokens, mask
 
-    def targets(self, tokens: Tokens, attention_mask: Mask) -> tuple[Tokens, Mask]:
+    def targets(self, tokens: AnyTokens, attention_mask: Mask) -> tuple[AnyTokens, Mask]:
         """What the decoder is to write, and the positions that count."""
         return self.pad(tokens, attention_mask), self.taught(attention_mask)
 
