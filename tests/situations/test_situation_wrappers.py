@@ -66,6 +66,7 @@ def test_lazy_layers_pass_the_dry_run():
     OBJECTIVE(denoiser, toy_batch(seed=0), step=0).loss.backward()
 
 
+@pytest.mark.unhooked  # the hook draws too
 def test_draws_of_python_are_no_leak():
     """Who self-conditions by `random()`, as in
     https://github.com/lucidrains/denoising-diffusion-pytorch/issues/286.
