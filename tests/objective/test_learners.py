@@ -148,3 +148,11 @@ def test_losses_add_up_to_the_loss(policy):
     torch.testing.assert_close(sum(losses.values()), output.loss)
     for name, weight in objective.weights(0).items():
         torch.testing.assert_close(losses[name].detach(), weight * output.metrics[f"{name}_loss"])
+
+
+def test_a_schedule_may_begin_where_nobody_learns():
+    idle = cv.GradientPolicy(freeze=("encoder_only", "decoder_only", "shared"))
+    late = cv.PolicySchedule((idle, cv.GradientPolicy()), starts=(0, 1000))
+    assert of(replace(TEXT_CYCLE, policy=late)).passes(step=0) == 2
+    with pytest.raises(ValueError, match="nobody learns from `cycle_text`"):
+        of(replace(TEXT_CYCLE, policy=idle))

@@ -1,6 +1,9 @@
 """What is refused: of the terms when an objective is made, of a step before its first pass."""
 
+from dataclasses import fields
+
 from cyclevae.gradient_policy.gate import check_patterns
+from cyclevae.gradient_policy.presets import PolicySchedule
 from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.model.denoiser import refuse_unused
 from cyclevae.objective.plan import Plan, Planned, learners, make_plan
@@ -40,8 +43,7 @@ def check_terms(terms: tuple[Term, ...]) -> None:
 def check_learners(terms: tuple[Term, ...]) -> None:
     """Refuse a term that freezes whoever would learn from it."""
     for term in terms:
-        # policies may take turns
-        learning = [r for step in range(2) for r in term.passes(step) if r.learns]
+        learning = [r for step in _turns(terms) for r in term.passes(step) if r.learns]
         if learning and not any(map(learners, learning)):
             frozen = sorted({pattern for request in learning for pattern in request.freeze})
             raise ValueError(
@@ -57,7 +59,7 @@ def check_joining(terms: tuple[Term, ...], non_finite: NonFinite | None) -> None
             "`join_passes` puts two terms into one pass, where non_finite='zero' cannot tell them "
             "apart: use 'skip', or leave the passes apart"
         )
-    for step in range(2):  # policies may take turns
+    for step in _turns(terms):
         planned = [Planned(term.name, 1.0, term.passes(step)) for term in terms]
         if make_plan(planned, join_passes=True).joined:
             return
@@ -66,6 +68,13 @@ def check_joining(terms: tuple[Term, ...], non_finite: NonFinite | None) -> None
         "encoder pass from pure noise, both learning in all parameters, and these terms never ask "
         "for both; let the base decoder loss mask all words, with time=1.0, or leave it out"
     )
+
+
+def _turns(terms: tuple[Term, ...]) -> list[int]:
+    """Steps among which every policy of these terms holds at one."""
+    options = [getattr(term, f.name) for term in terms for f in fields(term)]
+    starts = [option.starts for option in options if isinstance(option, PolicySchedule)]
+    return sorted({0, 1}.union(*starts))
 
 
 def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:

@@ -1,6 +1,7 @@
 """One training step: the terms that run, what they weigh, what is reported."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, get_args
 
@@ -217,7 +218,8 @@ class CycleObjective:
             denoiser = Guarded(denoiser, scale)
             verdicts = {term.name: Verdict(scale) for term in self._terms()}
         run = self._step(denoiser, batch, step, generator, counts, teacher, verdicts)
-        terms, skip = self._weighted(run), None
+        with self._judging():
+            terms, skip = self._weighted(run), None
         if self.non_finite is not None:
             finite = finite_terms(terms)
             run.metrics["non_finite_terms"] = (~finite).sum()
@@ -300,6 +302,12 @@ class CycleObjective:
         for term, _ in self._running(step):
             term.check_step(run._replace(name=term.name))
         return run._replace(rows=check_step(run, self._terms()).borrowed(self.text_process.mask_id))
+
+    def _judging(self) -> AbstractContextManager[object]:
+        """From here only the model's outputs are new, which the rule judges and no error stops."""
+        if self.non_finite is None or torch.compiler.is_compiling():
+            return nullcontext()
+        return checks.check_values(False)
 
     def _weighted(self, run: Step) -> dict[str, Tensor]:
         """Run the terms, and weigh them."""

@@ -13,8 +13,6 @@ from cyclevae._base.types import Latents, Mask, Number, Rows, Tokens
 from cyclevae.bridges.text import draw_lengths
 from cyclevae.processes.text import TextProcess
 
-_NO_TEXTS = torch.ones(0, 1, dtype=torch.bool)
-
 
 @dataclass(frozen=True)
 class Share:
@@ -211,7 +209,7 @@ class Arranged(NamedTuple):
         """An error where lengths are to be drawn from texts, and there is none."""
         texts = () if self.texts is None else self.texts.tokens
         if self.pseudo_text_mask is None and not len(texts):
-            draw_lengths(_NO_TEXTS, len(self.need_latents()) - self.paired)
+            draw_lengths(_no_texts(), len(self.need_latents()) - self.paired)
 
     def all_of(self, direction: Literal["texts", "latents"]) -> Tensor:
         """All rows of a direction, or an error where there is none."""
@@ -228,7 +226,7 @@ class Arranged(NamedTuple):
         unpaired = len(self.need_latents()) - self.paired
         if drawn is None:
             drawn = draw_lengths(
-                _NO_TEXTS if texts is None else texts.mask, unpaired, generator=generator
+                _no_texts() if texts is None else texts.mask, unpaired, generator=generator
             )
         return drawn if texts is None else stack_masks(texts.mask[: self.paired], drawn)
 
@@ -259,6 +257,10 @@ def stack_masks(*masks: Bool[Tensor, "_ _"]) -> Mask:
     """Masks of different lengths, one below the other."""
     longest = max(mask.shape[1] for mask in masks)
     return torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])
+
+
+def _no_texts() -> Mask:
+    return torch.ones(0, 1, dtype=torch.bool)
 
 
 def _all_if_none(rows: Rows | None, like: Tensor | None) -> Rows:
