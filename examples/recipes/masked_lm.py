@@ -20,7 +20,7 @@ class LatentPrefix(nn.Module):
     def __init__(self, model: PreTrainedModel, latent_dim: int) -> None:
         super().__init__()
         self.model = model
-        width = model.get_input_embeddings().embedding_dim
+        width = model.get_input_embeddings().weight.shape[1]  # also of an adapter
         self.latent_in = nn.Linear(latent_dim, width)
         self.times = nn.Sequential(nn.Linear(2, width), nn.GELU(), nn.Linear(width, width))
         self.latent_out = nn.Linear(width, latent_dim)
