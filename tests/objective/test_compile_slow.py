@@ -3,7 +3,7 @@
 The draws inside a compiled step come from the global random state, since dynamo refuses generators.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from test_own_term import BESIDE, RHYME
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def compiled(function):
-    counter = CompileCounterWithBackend("aot_eager")
+def compiled(function, backend="eager"):
+    counter = CompileCounterWithBackend(backend)
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
@@ -32,7 +32,7 @@ def result(function, parameters, *arguments, seed=0, **options):
 
 
 def assert_same_as_eager(function, parameters, *arguments, **options):
-    (fast, counter), parameters = compiled(function), list(parameters)
+    (fast, counter), parameters = compiled(function, "aot_eager"), list(parameters)
     for seed in range(2):
         torch.testing.assert_close(
             result(fast, parameters, *arguments, seed=seed, **options),
@@ -70,12 +70,55 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_a_step_compiles_to_one_graph_and_once_more_for_every_other_size(objective):
-    """Step 3 of each kind of objective: the second size makes sizes symbolic."""
+# Each kind of backward: of attention, of an estimator, through several passes, of a statistic
+DIFFERENTIATED = ("recommended", "default", "rloo bridge", "three steps, full", "mmd", "learned")
+MANY = 8
+
+
+def step_of(objective):
     teacher = cv.Teacher(DENOISER.module) if objective.setting.reads_teacher else None
-    module = cv.StepModule(DENOISER, objective, teacher)
+    return cv.StepModule(DENOISER, objective, teacher)
+
+
+def together():
+    """The terms of all of them side by side, each once, as far as their processes are the same."""
+    groups = []
+    for objective in OBJECTIVES.values():
+        alike = [getattr(objective, f.name) for f in fields(objective) if f.name != "terms"]
+        found = next((terms for other, terms, _ in groups if other == alike), [])
+        if not found:
+            groups.append((alike, found, objective))
+        for term in objective.terms:
+            named = [replace(term, name=f"{term.kind()}_{i}") for i in range(MANY)]
+            if term.weight_at(3) and not any(term in found for term in named):
+                found.append(named[len(found) % MANY])
+    for _, terms, objective in groups:
+        for first in range(0, len(terms), MANY):
+            yield replace(objective, terms=terms[first : first + MANY])
+
+
+@pytest.mark.parametrize("objective", list(together()), ids=lambda o: ", ".join(o.weights(3)))
+def test_every_term_compiles_to_one_graph_and_once_more_for_every_other_size(objective):
+    """Step 3 of each kind: the second size makes sizes symbolic."""
+    module = step_of(objective)
     (fast, counter), parameters = compiled(module), list(DENOISER.module.parameters())
+    for number, batch in enumerate(SIZES):
+        counts = {name: count / 2 for name, count in objective.counts(batch).items()}
+        torch.testing.assert_close(
+            result(fast, parameters, batch, 3, counts=counts),
+            result(module, parameters, batch, 3, counts=counts),
+        )
+        assert counter.frame_count == min(number + 1, 2)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_forward_and_backward_are_traced(name):
+    objective = OBJECTIVES[name]
+    module = step_of(objective)
+    (fast, counter), parameters = (
+        compiled(module, "aot_eager"),
+        list(DENOISER.module.parameters()),
+    )
     for number, batch in enumerate(SIZES):
         counts = {name: count / 2 for name, count in objective.counts(batch).items()}
         torch.testing.assert_close(
