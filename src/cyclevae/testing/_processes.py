@@ -22,11 +22,11 @@ def run_ranks(work: Callable[[int], Any], ranks: int, time_limit: float) -> list
     Raises:
         AssertionError: a rank that raises, dies, or does not finish in time.
     """
-    spawning = mp.get_context("spawn")
+    starting = _context()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workers = [
-            spawning.Process(target=_enter, args=(rank, ranks, folder, work), daemon=True)
+            starting.Process(target=_enter, args=(rank, ranks, folder, work), daemon=True)
             for rank in range(ranks)
         ]
         try:
@@ -39,6 +39,15 @@ def run_ranks(work: Callable[[int], Any], ranks: int, time_limit: float) -> list
                     worker.kill()
                     worker.join()
         return [torch.load(folder / f"{rank}.done", weights_only=True) for rank in range(ranks)]
+
+
+def _context() -> Any:
+    """How ranks start: off one process that has imported what they need, where there is such."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp"])
+    return context
 
 
 def _wait(workers: Sequence[BaseProcess], folder: Path, time_limit: float) -> None:
