@@ -58,7 +58,7 @@ test: .venv/test
 	$(PYTEST) -m "not slow" src tests --doctest-modules
 
 test-hooked: .venv/test  # the fast tests once more, with the shape and dtype of every annotation checked
-	$(PYTEST) -m "not slow and not unhooked" $(HOOK) tests
+	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow and not unhooked" $(HOOK) tests
 
 test-slow: .venv/test .venv/recipes .venv/release
 	$(PYTEST) --dist loadfile --durations 40 -m slow tests
@@ -111,6 +111,11 @@ clean:
 	@echo "installing cyclevae[$(EXTRAS_$*)] into .venv (once) ..."
 	$(PIP) -e ".[$(EXTRAS_$*)]"
 	@touch $@
+
+# of .ci/run, in one resolution: apart they take twice as long
+.venv/all: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[dev,recipes,release]"
+	@touch $@ .venv/demo .venv/dev .venv/recipes .venv/release
 
 EXTRAS_demo := demo
 EXTRAS_bench := demo,bench

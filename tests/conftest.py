@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 
 # Fewer examples where people wait: HYPOTHESIS_PROFILE=thorough draws as many as hypothesis would.
+# Shapes and dtypes, which is what the hooked run checks, are seen in a few.
+settings.register_profile("few", max_examples=5, deadline=None)
 settings.register_profile("fast", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
