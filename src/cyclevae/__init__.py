@@ -61,7 +61,9 @@ from cyclevae.priors import (
     moment_prior,
     sigreg_prior,
 )
-from cyclevae.processes.latent import LatentProcess, convert
+from cyclevae.processes.conversions import convert
+from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.latent_schedules import EDM, Flow
 from cyclevae.processes.schedules import anneal, ramp, take_turns
 from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import TimePolicy
@@ -73,7 +75,7 @@ from cyclevae.scale.pool import pool_counts, pool_rows
 
 __version__ = "0.2.0.dev0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of `dir`
     "Batch",
     "Contrastive",
     "CycleLatent",
@@ -82,8 +84,10 @@ __all__ = [
     "Decode",
     "Denoised",
     "Denoiser",
+    "EDM",
     "Encode",
     "EncoderDecoder",
+    "Flow",
     "GradientPolicy",
     "Latent",
     "LatentBridge",

@@ -491,7 +491,7 @@ def test_noise_and_latents_are_not_broadcast():
     target=(
         lambda: cv.convert(Z, Z, torch.ones(2), torch.ones(2), source="v", target="x1"),
         ValueError,
-        "`target` is 'x1'; known are 'epsilon', 'v', 'x0'",
+        "`target` is 'x1'; known are 'epsilon', 'v', 'velocity', 'x0'",
     ),
     time=(
         lambda: LATENT.alpha_sigma(torch.tensor([-0.1])),

@@ -18,7 +18,7 @@ Time = Float[Tensor, " b"]  # 0 clean, 1 full noise
 Scalar = Float[Tensor, ""]
 Loss = Float[Tensor, "..."]  # a scalar, or per element with reduction="none"
 
-Prediction = Literal["epsilon", "x0", "v"]
+Prediction = Literal["epsilon", "x0", "v", "velocity"]
 Need = Literal["both", "logits", "latents"]
 Estimator = Literal["unbiased", "biased"]
 Reduction = Literal["mean", "sum", "none", "nats"]

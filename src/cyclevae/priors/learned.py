@@ -17,7 +17,7 @@ from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.door import at_the_door
 from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
-from cyclevae.processes.latent import LatentProcess, convert
+from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
 
@@ -217,8 +217,7 @@ def without_text(
 def noise_error(error: Latents, time: Time, latent_process: LatentProcess) -> Latents:
     """An error in the model's own prediction space, as an error of the noise it implies."""
     # a conversion is linear, and errors are differences at one z_t
-    scales, nothing = latent_process.alpha_sigma(time), torch.zeros_like(error)
-    return convert(error, nothing, *scales, source=latent_process.prediction, target="epsilon")
+    return latent_process.converted(error, torch.zeros_like(error), time, space="epsilon")
 
 
 def _wide(scale: Time, like: Tensor) -> Tensor:

@@ -37,7 +37,32 @@ def check_schedule(time: Time, alpha: Any, sigma: Any) -> None:
             f"0 (clean) to 1 (full noise); got alpha = {alpha[at].item():.4g}, sigma = "
             f"{sigma[at].item():.4g} at time {time[at].item():g} and {alpha[at + 1].item():.4g}, "
             f"{sigma[at + 1].item():.4g} at {time[at + 1].item():g}. Where time runs the other way "
-            "write lambda t: schedule(1 - t); and the amplitudes come in this order, (alpha, sigma)"
+            "write lambda t: schedule(1 - t), and as_denoiser(network, clean_at=1) if the network "
+            "counts so too; the amplitudes come in this order, (alpha, sigma)"
+        )
+
+
+def check_rates(time: Time, schedule: Any) -> None:
+    """Derivatives of the amplitudes: tensors like the times, along the path that these describe."""
+    rates = schedule.rates((time[1:] + time[:-1]) / 2)
+    if (
+        not isinstance(rates, tuple)
+        or [getattr(r, "shape", None) for r in rates] != [(len(time) - 1,)] * 2
+    ):
+        raise ValueError(
+            "`schedule.rates` must return two tensors (alpha', sigma') in the shape of the times "
+            f"it is given; got {rates!r:.100}"
+        )
+    path = torch.stack([fp32(amplitude).diff() for amplitude in schedule(time)])
+    told = torch.stack([fp32(rate) for rate in rates])
+    along = torch.cosine_similarity(path, told, dim=0, eps=0)
+    middle = along.nanmedian().item()  # a table stands still in between
+    if not middle > 0.99:
+        raise ValueError(
+            "`schedule.rates` must be the derivatives (alpha', sigma') of the amplitudes, by time "
+            "or by what rises with it, and these point elsewhere (cosine with their differences: "
+            f"{middle:.2g}); of a network whose velocity points to the data, say "
+            "as_denoiser(network, clean_at=1)"
         )
 
 

@@ -1,9 +1,8 @@
 """The forward process of latents: Gaussian noise, and what the model predicts of it."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,85 +11,16 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, Number, Prediction, Time
-from cyclevae.processes.amplitudes import check_schedule, discrete_alpha_bar
-
-LatentSchedule = Literal["cosine", "linear", "sigmoid", "continuous_cosine"]
-AlphaSigma = Callable[[Time], tuple[Time, Time]]
-
-
-def noise_latents(latents: Latents, noise: Latents, alpha: Time, sigma: Time) -> Latents:
-    """Noise latents: `z_t = alpha z + sigma epsilon`."""
-    alpha, sigma = _rowwise(latents, alpha, sigma)
-    return alpha * latents + sigma * noise
-
-
-def coefficients(prediction: Prediction, alpha: Time, sigma: Time) -> tuple[Time, Time]:
-    """What a model predicts as `a x0 + b epsilon`: the pair `(a, b)`, `[b]` each.
-
-    Beside `z_t = alpha x0 + sigma epsilon` this is all that a conversion needs, in any schedule.
-
-    Examples:
-        >>> coefficients("v", torch.tensor([0.6]), torch.tensor([0.8]))
-        (tensor([-0.8000]), tensor([0.6000]))
-    """
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    match prediction:
-        case "epsilon":
-            return zero, one
-        case "x0":
-            return one, zero
-        case "v":
-            return -sigma, alpha
-
-
-def convert(
-    value: Latents,
-    z_t: Latents,
-    alpha: Time,
-    sigma: Time,
-    *,
-    source: Prediction,
-    target: Prediction,
-) -> Latents:
-    """Convert a prediction between `epsilon`, `x0` and `v = alpha epsilon - sigma x0`.
-
-    A prediction `p = a x0 + b epsilon` and `z_t = alpha x0 + sigma epsilon` are two equations in x0
-    and epsilon, whose solution gives every other one, in any schedule: with `D = alpha b - sigma a`
-    and the coefficients `a'`, `b'` of the target,
-    `p' = ((a' b - b' a) z_t + (alpha b' - sigma a') p) / D`.
-
-    Computed in fp32 or better: in bf16 at full noise a perfect epsilon decodes to an error of 15.
-    At `alpha = 0`, epsilon says nothing of x0, and at `sigma = 0`, x0 nothing of epsilon: these
-    conversions divide by zero.
-
-    Reference: Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D, where
-    `alpha^2 + sigma^2 = 1`.
-
-    Examples:
-        >>> z_t, v = torch.tensor([[1.0]]), torch.tensor([[0.5]])
-        >>> alpha, sigma = torch.tensor([0.6]), torch.tensor([0.8])
-        >>> convert(v, z_t, alpha, sigma, source="v", target="x0")
-        tensor([[0.2000]])
-    """
-    checks.check_choice("source", source, get_args(Prediction))
-    checks.check_choice("target", target, get_args(Prediction))
-    checks.check_same_shape("value", value, "z_t", z_t)
-    checks.check_tensor("alpha", alpha)
-    checks.check_tensor("sigma", sigma)
-    value, z_t = fp32(value), fp32(z_t)
-    if source == target:
-        return value
-    known, wanted, pivot = _solve(source, target, fp32(alpha), fp32(sigma))
-    known, wanted, pivot = _rowwise(value, known, wanted, pivot)
-    return (known * z_t + wanted * value) / pivot
-
-
-def _solve(
-    source: Prediction, target: Prediction, alpha: Time, sigma: Time
-) -> tuple[Time, Time, Time]:
-    """What multiplies `z_t` and a prediction in another prediction, and what divides both."""
-    (a, b), (to_a, to_b) = (coefficients(name, alpha, sigma) for name in (source, target))
-    return to_a * b - to_b * a, alpha * to_b - sigma * to_a, alpha * b - sigma * a
+from cyclevae.processes.amplitudes import check_rates, check_schedule
+from cyclevae.processes.conversions import (
+    Amplitudes,
+    coefficients,
+    convert,
+    noise_latents,
+    rowwise,
+    solve,
+)
+from cyclevae.processes.latent_schedules import EDM, AlphaSigma, Flow, LatentSchedule, named
 
 
 def direction(latents: Latents) -> Latents:
@@ -108,12 +38,14 @@ def direction(latents: Latents) -> Latents:
 class LatentProcess:
     """The latent process `z_t = alpha z + sigma epsilon`: a schedule and what the model predicts.
 
-    The schedules with a name preserve variance, `alpha^2 + sigma^2 = 1`. The discretised ones have
+    Four schedules preserve variance, `alpha^2 + sigma^2 = 1`. The discretised ones have
     1000 steps, and time `t` in [0, 1] means step `floor(999 t)`: `cosine` (Nichol and Dhariwal,
     https://arxiv.org/abs/2102.09672, betas clipped to [1e-4, 0.9999]), `linear` and `sigmoid`
     (betas from 1e-4 to 0.02). `continuous_cosine` is `alpha = cos(pi t / 2)`, exactly 0 at full
-    noise. A callable `t -> (alpha, sigma)` brings a schedule of one's own, variance preserving or
-    not: the straight path of flow matching is `lambda t: (1 - t, t)`.
+    noise. `flow` is the straight path of flow matching, `alpha = 1 - t`, and `edm` keeps
+    `alpha = 1`: short for `Flow()` and `EDM()`, which have options. A callable
+    `t -> (alpha, sigma)` brings a schedule of one's own; its method or attribute `rates`, likewise
+    `t -> (alpha', sigma')`, is what a velocity is made of.
 
     Attributes:
         schedule: the noise schedule.
@@ -125,8 +57,8 @@ class LatentProcess:
 
     Raises:
         ValueError: an unknown schedule or prediction, a bad `max_gain`, a schedule that does not
-            return two tensors, or one whose signal-to-noise ratio rises with time, as where time 0
-            is full noise.
+            return two tensors, one whose signal-to-noise ratio rises with time, as where time 0
+            is full noise, or a velocity of a schedule without rates, such as a table.
 
     Examples:
         >>> import torch
@@ -135,18 +67,18 @@ class LatentProcess:
         [1.00999..., 6.36999..., 641...]
     """
 
-    schedule: LatentSchedule | AlphaSigma = "cosine"
+    schedule: LatentSchedule | Flow | EDM | AlphaSigma = "cosine"
     prediction: Prediction = "v"
     max_gain: Number = 10.0
     shape: tuple[int, ...] | None = None
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _amplitudes: AlphaSigma = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule):
-            checks.check_choice("schedule", self.schedule, get_args(LatentSchedule))
-        checks.check_choice("prediction", self.prediction, get_args(Prediction))
+        amplitudes = self.schedule
+        if not callable(amplitudes):
+            checks.check_choice("schedule", amplitudes, get_args(LatentSchedule))
+            amplitudes = named(amplitudes)
+        object.__setattr__(self, "_amplitudes", amplitudes)
         checks.check_positive("max_gain", self.max_gain)
         if self.shape is not None:
             shape = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
@@ -164,6 +96,24 @@ class LatentProcess:
                 f"({type(error).__name__}: {error})"
             ) from error
         check_schedule(grid, alpha, sigma)
+        if hasattr(amplitudes, "rates"):
+            check_rates(grid, amplitudes)
+        self.check_space("prediction", self.prediction)
+
+    def check_space(self, name: str, space: object) -> None:
+        """Refuse what is no prediction, and a velocity where the schedule has no derivative.
+
+        Raises:
+            ValueError: by the name of the argument, with the cure.
+        """
+        checks.check_choice(name, space, get_args(Prediction))
+        if space == "velocity" and not hasattr(self._amplitudes, "rates"):
+            raise ValueError(
+                f"`{name}` is 'velocity', (alpha', sigma'), and the schedule {self.schedule!r} has "
+                "no derivative: give a function of one's own `rates`, a method or attribute "
+                "t -> (alpha', sigma'), as `Flow` has; or take the schedule 'flow', 'edm' or "
+                "'continuous_cosine', or another prediction such as 'v'"
+            )
 
     def alpha_sigma(self, time: Time) -> tuple[Time, Time]:
         """Signal and noise amplitudes at a time, `[b]` each, fp32 or better.
@@ -172,18 +122,25 @@ class LatentProcess:
             ValueError: a time outside [0, 1].
         """
         time = checks.as_time("time", time, time)
-        if callable(self.schedule):
-            return self.schedule(time)
-        if self.schedule == "continuous_cosine":
-            quarter = math.pi / 2
-            return torch.sin(quarter * (1 - time)), torch.sin(quarter * time)
-        key = time.device, time.dtype
-        if key not in self._tables:  # float64 ends on the CPU: some devices have none
-            alpha_bar = discrete_alpha_bar(self.schedule)
-            table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
-            self._tables[key] = table.to(time.dtype).to(time.device)
-        alpha, sigma = self._tables[key][:, (time * 999).long()]
-        return alpha, sigma
+        return self._amplitudes(time)
+
+    def rates(self, time: Time) -> tuple[Time, Time]:
+        """How fast the amplitudes move, `(alpha', sigma')`, `[b]` each: a velocity's coefficients.
+
+        By the clock of the schedule: `Flow` and `EDM` count in `sigma`, `continuous_cosine` in
+        time.
+
+        Raises:
+            ValueError: a schedule without a derivative, or a time outside [0, 1].
+        """
+        self.check_space("space", "velocity")
+        moved: tuple[Time, Time] = self._amplitudes.rates(  # type: ignore[attr-defined]
+            checks.as_time("time", time, time)
+        )
+        return moved
+
+    def _rates(self, time: Time, *predictions: Prediction) -> Amplitudes | None:
+        return self.rates(time) if "velocity" in predictions else None
 
     def gain(
         self, time: Time, *, source: Prediction | None = None, space: Prediction = "x0"
@@ -192,7 +149,7 @@ class LatentProcess:
 
         `|alpha b' - sigma a'| / |alpha b - sigma a|`, with the coefficients `(a, b)` of the source
         and `(a', b')` of what is read. Of the clean latent: `sigma / alpha` off epsilon,
-        `sigma / (alpha^2 + sigma^2)` off v.
+        `sigma / (alpha^2 + sigma^2)` off v, `t` off the velocity of the straight path.
 
         Args:
             time: `[b]`.
@@ -203,7 +160,8 @@ class LatentProcess:
         alpha, sigma = self.alpha_sigma(time)
         if source == space:
             return torch.ones_like(alpha)
-        _, factor, pivot = _solve(source, space, alpha, sigma)
+        rates = self._rates(time, source, space)
+        _, factor, pivot = solve(source, space, alpha, sigma, rates)
         return (factor / pivot).abs()
 
     def snr(self, time: Time) -> Time:
@@ -229,13 +187,13 @@ class LatentProcess:
             >>> process.started(torch.ones(1, 2), torch.ones(1))
             tensor([[80.0062, 80.0062]])
         """
-        (scale,) = _rowwise(noise, self.start_variance(time).sqrt())
+        (scale,) = rowwise(noise, self.start_variance(time).sqrt())
         return (scale * noise).to(noise.dtype)
 
     def noise_in(self, z_t: Latents, latents: Latents, time: Time) -> Latents:
         """The noise that is in `z_t` if these are the latents: `(z_t - alpha z) / sigma`."""
         checks.check_same_shape("z_t", z_t, "latents", latents)
-        alpha, sigma = _rowwise(z_t, *self.alpha_sigma(time))
+        alpha, sigma = rowwise(z_t, *self.alpha_sigma(time))
         return (fp32(z_t) - alpha * latents) / sigma
 
     def noised(self, latents: Latents, noise: Latents, time: Time) -> Latents:
@@ -249,14 +207,15 @@ class LatentProcess:
         """What the model should predict, or the same in another `space`; fp32 or better."""
         checks.check_same_shape("noise", noise, "latents", latents)
         space = self.prediction if space is None else space
-        checks.check_choice("space", space, get_args(Prediction))
+        self.check_space("space", space)
         match space:
             case "epsilon":
                 return fp32(noise)
             case "x0":
                 return fp32(latents)
             case _:
-                a, b = _rowwise(latents, *coefficients(space, *self.alpha_sigma(time)))
+                scales, rates = self.alpha_sigma(time), self._rates(time, space)
+                a, b = rowwise(latents, *coefficients(space, *scales, rates))
                 return a * latents + b * noise
 
     def to_x0(self, prediction: Latents, z_t: Latents, time: Time) -> Latents:
@@ -291,8 +250,21 @@ class LatentProcess:
         """
         checks.check_same_shape("prediction", prediction, "z_t", z_t)
         self.refuse_ill_conditioned(time, space=space)
-        alpha, sigma = self.alpha_sigma(time)
-        return convert(prediction, z_t, alpha, sigma, source=self.prediction, target=space)
+        return self.converted(prediction, z_t, time, space=space)
+
+    def converted(
+        self, prediction: Latents, z_t: Latents, time: Time, *, space: Prediction
+    ) -> Latents:
+        """The same as `in_space`, whatever the gain; of errors, at a `z_t` of 0."""
+        source = self.prediction
+        return convert(
+            prediction,
+            z_t,
+            *self.alpha_sigma(time),
+            source=source,
+            target=space,
+            rates=self._rates(time, source, space) if source != space else None,
+        )
 
     def ddim(self, x0: Latents, z_t: Latents, time: Time, to: Time) -> Latents:
         """One deterministic step to an earlier time: `alpha' x0 + sigma' epsilon`.
@@ -307,8 +279,8 @@ class LatentProcess:
             tensor([[1., 1.]])
         """
         checks.check_same_shape("x0", x0, "z_t", z_t)
-        alpha, sigma = _rowwise(z_t, *self.alpha_sigma(time))
-        next_alpha, next_sigma = _rowwise(z_t, *self.alpha_sigma(to))
+        alpha, sigma = rowwise(z_t, *self.alpha_sigma(time))
+        next_alpha, next_sigma = rowwise(z_t, *self.alpha_sigma(to))
         kept = next_sigma / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)  # 0, not 0/0, at time 0
         return (next_alpha * x0 + kept * (z_t - alpha * x0)).to(z_t.dtype)
 
@@ -334,7 +306,7 @@ class LatentProcess:
         gain = gains[row].item()
         if gain <= self.max_gain:
             return
-        article = "a" if self.prediction == "v" else "an"
+        article = "a" if self.prediction.startswith("v") else "an"
         problem = (
             f"{article} {self.prediction} prediction at time {time[row].item():g} has a gain of "
             f"{gain:.4g}, above max_gain = {self.max_gain:g}: its error would be multiplied by "
@@ -353,8 +325,3 @@ class LatentProcess:
             "TimePolicy('uniform', high=0.9), and take a few DDIM steps, the last one "
             "differentiable: LatentBridge(steps=4) with GradientPolicy('last')"
         )
-
-
-def _rowwise(like: Tensor, *scales: Tensor) -> Iterable[Tensor]:
-    shape = (-1,) + (1,) * (like.ndim - 1)
-    return (scale.reshape(shape) for scale in scales)

@@ -1,0 +1,116 @@
+"""The schedulers and the loss code of `diffusers`, where it is installed: equal, step by step."""
+
+import numpy as np
+import pytest
+import torch
+
+import cyclevae as cv
+from cyclevae.model.denoiser import Denoised
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which no extra installs")
+
+TEXT = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Network:
+    """Any network; `head` makes of its output what it predicts."""
+
+    def __init__(self, head=lambda output, latents, time: output):
+        self.head = head
+
+    def denoise(self, tokens, latents, *, latent_time, **state):
+        output = torch.sin(latents) + latent_time[:, None]
+        return Denoised(None, self.head(output, latents, latent_time))
+
+
+def encode(latent, network, steps, noise, time=1.0):
+    tokens = torch.full((len(noise), 2), 3)
+    return cv.encode_text(
+        network,
+        tokens,
+        torch.ones_like(tokens),
+        text_process=TEXT,
+        latent_process=latent,
+        bridge=cv.LatentBridge(steps=steps),
+        time=time,
+        noise=noise,
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_flow_matching(shift, steps):
+    """The noise levels, noising and sampling of `FlowMatchEulerDiscreteScheduler`."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    latent, x0, noise = (
+        cv.LatentProcess(cv.Flow(shift), "velocity"),
+        randn(6, 4),
+        randn(6, 4, seed=1),
+    )
+    time = torch.arange(1000, 0, -1) / 1000
+    torch.testing.assert_close(latent.alpha_sigma(time)[1], scheduler.sigmas)
+    chosen = torch.tensor([0, 10, 300, 700, 990, 999])
+    theirs = scheduler.scale_noise(x0, scheduler.timesteps[chosen], noise)
+    torch.testing.assert_close(latent.noised(x0, noise, time[chosen]), theirs)
+
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    z = noise
+    for k, t in enumerate(scheduler.timesteps):
+        velocity = torch.sin(z) + (1 - k / steps)
+        z = scheduler.step(velocity, t, z).prev_sample
+    torch.testing.assert_close(encode(latent, Network(), steps, noise), z)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(
+    ("prediction", "theirs"), [("epsilon", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
+def test_ddim(schedule, prediction, theirs):
+    """`DDIMScheduler`: noising, the v target, and a step from one of its times to another."""
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule=schedule, clip_sample=False, prediction_type=theirs
+    )
+    table = torch.stack([scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()])
+    own = schedule if schedule == "linear" else lambda t: tuple(table[:, (999 * t).long()])
+    latent = cv.LatentProcess(own, prediction, max_gain=1e6)
+    x0, noise, step = randn(4, 3), randn(4, 3, seed=1), torch.tensor([20, 300, 700, 999])
+    time = (step + 0.5).clamp(max=999) / 999  # in the middle of a step
+    z_t = latent.noised(x0, noise, time)
+    torch.testing.assert_close(z_t, scheduler.add_noise(x0, noise, step))
+    v = latent.target(x0, noise, time, space="v")
+    torch.testing.assert_close(v, scheduler.get_velocity(x0, noise, step))
+    scheduler.set_timesteps(50)  # steps of 20
+    output = randn(4, 3, seed=2)
+    for row, t in enumerate(step):
+        at, to = time[row, None], (t[None] - 20 + 0.5) / 999
+        clean = latent.to_x0(output[row, None], z_t[row, None], at)
+        ours = latent.ddim(clean, z_t[row, None], at, to)
+        stepped = scheduler.step(output[row, None], int(t), z_t[row, None]).prev_sample
+        torch.testing.assert_close(ours, stepped, rtol=1e-4, atol=1e-4)
+
+
+def test_edm():
+    """`EDMEulerScheduler`: its noise levels, and a bridge of its Euler steps."""
+    scheduler, steps = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0), 8
+    scheduler.set_timesteps(steps)
+    edm = cv.EDM()
+    latent = cv.LatentProcess(edm, "x0")
+    time = 1 - torch.arange(steps) / (steps - 1)
+    torch.testing.assert_close(edm(time)[1], scheduler.sigmas[:-1], rtol=1e-4, atol=1e-6)
+
+    def head(output, latents, time):  # the preconditioning of a network, by the noise level
+        return scheduler.precondition_outputs(latents, output, edm(time)[1][:, None])
+
+    z = ours = latent.started(randn(3, 4), torch.ones(3))
+    network = Network(head)
+    for k, t in enumerate(scheduler.timesteps):
+        now, to = (time[i].expand(3) for i in (k, min(k + 1, steps - 1)))
+        clean = network.denoise(None, ours, latent_time=now).latent_prediction
+        ours = clean if k == steps - 1 else latent.ddim(clean, ours, now, to)
+        scheduler.is_scale_input_called = True
+        z = scheduler.step(torch.sin(z) + time[k], t, z).prev_sample
+    torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-3)
