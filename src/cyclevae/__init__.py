@@ -66,7 +66,7 @@ from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.latent_schedules import EDM, Flow
 from cyclevae.processes.schedules import anneal, ramp, take_turns
 from cyclevae.processes.text import TextProcess
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import LogitNormal, TimePolicy
 from cyclevae.recipes import phases
 from cyclevae.scale.accumulate import two_pass
 from cyclevae.scale.checkpointing import checkpoint_passes
@@ -92,6 +92,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "Latent",
     "LatentBridge",
     "LatentProcess",
+    "LogitNormal",
     "Own",
     "Phases",
     "PolicySchedule",

@@ -46,6 +46,7 @@ EVERYTHING = of(
     cv.Sleep(weight=0.2, pairs=True),
     cv.Contrastive(temperature=0.2, critic="euclidean", bridge=BRIDGE, time=MOVING, through="full"),
     cv.TextMarginal(bridge="soft", freeze=("word.*",), pairs=True),
+    cv.Latent(name="latent_2", time=TIMES, weighting=cv.LogitNormal(mean=0.5, std=2.0)),
     non_finite="skip",
     seed=3,
 )
@@ -371,6 +372,7 @@ TAKES = {
         "distance": {NAME},
         "space": {NAME, NONE},
         "min_snr": {NUMBER, NONE},
+        "weighting": {MAPPING, NONE},
     },
     "unconditional": {"latent_time": TIME | {NONE}, "null_text_rate": {NUMBER, NONE}},
     "cycle_text": {

@@ -65,6 +65,47 @@ def test_flow_matching(shift, steps):
     torch.testing.assert_close(encode(latent, Network(), steps, noise), z)
 
 
+@pytest.mark.parametrize("scheme", ["none", "cosmap", "sigma_sqrt"])
+def test_the_loss_of_sd3(scheme):
+    """As in its training scripts: `weighting * (prediction - (noise - x0))^2`."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x0, noise, chosen = randn(6, 4), randn(6, 4, seed=1), torch.tensor([9, 50, 300, 700, 990, 998])
+    sigmas, time = scheduler.sigmas[chosen, None], (1000 - chosen) / 1000
+    noisy = (1 - sigmas) * x0 + sigmas * noise
+    prediction = torch.sin(noisy) + time[:, None]
+    weights = compute_loss_weighting_for_sd3(scheme, sigmas)
+    theirs = (weights * (prediction - (noise - x0)).square()).mean()
+
+    flow = cv.Flow(shift=3.0)
+    ours = cv.t2l_loss(
+        Network(),
+        torch.full((6, 2), 3),
+        x0,
+        torch.ones(6, 2),
+        text_process=TEXT,
+        latent_process=cv.LatentProcess(flow, "velocity"),
+        time=time,
+        noise=noise,
+        weighting=lambda t: compute_loss_weighting_for_sd3(scheme, flow(t)[1]),
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_density_of_sd3():
+    """Drawn times of `compute_density_for_timestep_sampling` have the density that we weigh by."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    drawn = compute_density_for_timestep_sampling(
+        "logit_normal", 400_000, 0.4, 1.3, generator=torch.Generator().manual_seed(0)
+    )
+    counts = torch.histc(drawn, 10, 0, 1) / len(drawn)
+    grid = ((torch.arange(10_000) + 0.5) / 10_000).double()
+    density = cv.LogitNormal(mean=0.4, std=1.3)(grid).view(10, 1000).mean(dim=1) / 10
+    torch.testing.assert_close(counts, density.float(), rtol=0, atol=3e-3)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(
     ("prediction", "theirs"), [("epsilon", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]

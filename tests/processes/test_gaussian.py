@@ -137,6 +137,7 @@ def test_losses_of_a_perfect_denoiser(world, prediction):
                 {"min_snr": 2.0},
                 snr.clamp(max=2.0) * expected(world, times, "x0") / expected(world, times, space),
             ),
+            "own": ({"weighting": lambda t: 1 + t}, 1 + times),
         }
         for options, weight in weights.values():
             loss = cv.t2l_loss(

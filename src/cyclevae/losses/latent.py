@@ -25,7 +25,7 @@ from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import T2L, t2l
 from cyclevae.processes.latent import LatentProcess, direction
 from cyclevae.processes.text import TextProcess
-from cyclevae.processes.times import TimePolicy
+from cyclevae.processes.times import LatentWeighting, TimePolicy
 
 LatentDistance = Literal["mse", "cosine", "normalized_mse"]
 AnyDistance = LatentDistance | Callable[[Latents, Latents], Latents]
@@ -152,7 +152,7 @@ def min_snr_weight(
     """
     checks.check_positive("gamma", gamma)
     space = latent_process.prediction if space is None else space
-    checks.check_choice("space", space, get_args(Prediction))
+    latent_process.check_space("space", space)
     snr = latent_process.snr(time)
     if space == "epsilon":  # so written that neither 0 nor infinity is divided by itself
         return (gamma / snr).clamp(max=1)
@@ -174,6 +174,7 @@ def t2l_loss(
     space: Prediction | None = None,
     distance: AnyDistance = "mse",
     min_snr: Number | None = None,
+    weighting: LatentWeighting | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
@@ -199,14 +200,17 @@ def t2l_loss(
         space: in which the prediction is compared; the model's own if not given.
         distance: as `latent_loss`.
         min_snr: weigh rows with `min_snr_weight`, with this `gamma` (5 in the paper).
+        weighting: weigh rows by a function of their times instead, `LogitNormal(...)` or one's own
+            `t -> [b]`, at least 0; it multiplies the error in `space`.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
         reduction: as `latent_loss`.
         count: as `latent_loss`.
 
     Raises:
-        ValueError: wrong shapes or values, or a `space` into which the prediction cannot be
-            converted at these times: from epsilon near full noise, from `x0` near none.
+        ValueError: wrong shapes or values, a `space` into which the prediction cannot be
+            converted at these times: from epsilon near full noise, from `x0` near none; or two
+            weights.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -223,9 +227,8 @@ def t2l_loss(
     check_distance("distance", distance)
     tokens, attention_mask = text_process.as_text(tokens, attention_mask)
     space = latent_process.prediction if space is None else space
-    checks.check_choice("space", space, get_args(Prediction))
-    if min_snr is not None:
-        checks.check_positive("min_snr", min_snr)
+    latent_process.check_space("space", space)
+    check_weighting(min_snr, weighting)
     if time is None:
         time = TimePolicy("uniform")
     if isinstance(time, TimePolicy):
@@ -251,6 +254,7 @@ def t2l_loss(
         space=space,
         distance=distance,
         min_snr=min_snr,
+        weighting=weighting,
         reduction=reduction,
         count=count,
     )
@@ -264,14 +268,15 @@ def encoded_loss(
     space: Prediction | None = None,
     distance: AnyDistance = "mse",
     min_snr: Number | None = None,
+    weighting: LatentWeighting | None = None,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
     """The loss of a T2L pass that has run: see `t2l_loss`."""
     space = latent_process.prediction if space is None else space
-    weight = None
-    if min_snr is not None:
-        weight = min_snr_weight(latent_process, encoded.time, space=space, gamma=min_snr)
+    weight = row_weights(
+        encoded.time, latent_process, space=space, min_snr=min_snr, weighting=weighting
+    )
     return latent_loss(
         latent_process.in_space(encoded.prediction, encoded.z_t, encoded.time, space=space),
         latent_process.target(latents, encoded.noise, encoded.time, space=space),
@@ -280,6 +285,33 @@ def encoded_loss(
         reduction=reduction,
         count=count,
     )
+
+
+def check_weighting(min_snr: Number | None, weighting: LatentWeighting | None) -> None:
+    """Refuse two weights for one row, and what is none."""
+    if min_snr is not None:
+        checks.check_positive("min_snr", min_snr)
+        if weighting is not None:
+            raise ValueError("`min_snr` and `weighting` both weigh the rows of a loss: give one")
+    if weighting is not None and not callable(weighting):
+        raise ValueError(
+            "`weighting` must be LogitNormal(...) or a function of times [b] that returns weights "
+            f"[b], got {weighting!r}"
+        )
+
+
+def row_weights(
+    time: Time,
+    latent_process: LatentProcess,
+    *,
+    space: Prediction,
+    min_snr: Number | None = None,
+    weighting: LatentWeighting | None = None,
+) -> Time | None:
+    """The weights `[b]` of squared errors in a space; None where all are 1."""
+    if min_snr is not None:
+        return min_snr_weight(latent_process, time, space=space, gamma=min_snr)
+    return None if weighting is None else weighting(time)
 
 
 def _cosine_distance(x: Latents, y: Latents) -> Loss:

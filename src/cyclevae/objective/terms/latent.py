@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
+from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.reduce import reduce_latents
@@ -12,16 +13,17 @@ from cyclevae._base.types import Count, Number, Prediction, Scalar
 from cyclevae.losses.latent import (
     AnyDistance,
     check_distance,
+    check_weighting,
     encoded_loss,
     errors_per_row,
-    min_snr_weight,
+    row_weights,
     t2l_loss,
 )
 from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term, Weight
-from cyclevae.processes.times import TimePolicy, check_time
+from cyclevae.processes.times import LatentWeighting, TimePolicy, check_time
 
 _NOTHING = 1e-3  # the weight below which all times together teach nothing
 
@@ -39,10 +41,11 @@ class Latent(Term):
         distance: `mse`, `cosine`, `normalized_mse`, or a function: see `latent_loss`.
         space: in which predictions are compared; the model's own if None.
         min_snr: a cap of the signal-to-noise ratio: see `min_snr_weight`.
+        weighting: a weight by the time instead, `LogitNormal(...)` or a function: see `t2l_loss`.
 
     Raises:
         ValueError: an option out of range; with its process, a space into which the prediction
-            cannot be converted at these times, or a `min_snr` that takes all weight from them.
+            cannot be converted at these times, or a weight that takes all from them.
 
     Examples:
         >>> Latent().passes(0)[0].does
@@ -54,6 +57,7 @@ class Latent(Term):
     distance: AnyDistance = "mse"
     space: Prediction | None = None
     min_snr: Number | None = None
+    weighting: LatentWeighting | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "latent_weight": "weight",
@@ -69,8 +73,7 @@ class Latent(Term):
         check_distance("distance", self.distance)
         if self.space is not None:
             checks.check_choice("space", self.space, get_args(Prediction))
-        if self.min_snr is not None:
-            checks.check_positive("min_snr", self.min_snr)
+        check_weighting(self.min_snr, self.weighting)
 
     @property
     def rows(self) -> Share:
@@ -93,19 +96,24 @@ class Latent(Term):
         """The conversion must be sound at all times that can be told, and weigh something."""
         process = setting.latent_process
         space = self.space or process.prediction
+        process.check_space("space", space)
         high = highest(self.time)
         low = self.time.lowest() if isinstance(self.time, TimePolicy) else high
         for end in (low, high):  # whatever comes between
             process.refuse_ill_conditioned(end, space=space)
-        if self.min_snr is None:
-            return
         times = torch.linspace(low, high, 100, dtype=torch.float64, device="cpu")
-        weight = min_snr_weight(process, times, space=space, gamma=self.min_snr).max().item()
-        if weight < _NOTHING:
+        options: dict[str, Any] = {"min_snr": self.min_snr, "weighting": self.weighting}
+        weights = row_weights(times, process, space=space, **options)
+        if weights is None:
+            return
+        name = "weighting" if self.min_snr is None else "min_snr"
+        told = f"`{name}` = {options[name]!r} weighs times from {low:g} to {high:g} with"
+        if not isinstance(weights, Tensor) or weights.shape != times.shape or weights.min() < 0:
+            raise ValueError(f"{told} {weights!r:.80}, not with a number of at least 0 for each")
+        if not weights.max().item() >= _NOTHING:
             raise ValueError(
-                f"`min_snr` = {self.min_snr:g} weighs times from {low:g} to {high:g} with "
-                f"{weight:.1e} at most, so that the loss teaches nothing: draw other times, as in "
-                "time=TimePolicy('uniform'), or leave `min_snr` out"
+                f"{told} {weights.max().item():.1e} at most, so that the loss teaches nothing: "
+                f"draw other times, as in time=TimePolicy('uniform'), or leave `{name}` out"
             )
 
     def check_step(self, step: Step) -> None:
@@ -124,6 +132,7 @@ class Latent(Term):
             "space": self.space,
             "distance": self.distance,
             "min_snr": self.min_snr,
+            "weighting": self.weighting,
             "reduction": "none",
         }
         (asked,) = self.passes(step.number)
