@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from cyclevae._base import checks
 from cyclevae._base.precision import no_autocast
-from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Time
+from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Prediction, Time
 from cyclevae.gradient_policy.roles import Roles
+from cyclevae.model.direction import direction_of, direction_of_two
 from cyclevae.model.wrappers import path_inside
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,14 +85,25 @@ class ModuleDenoiser:
             what gets called.
         module: the plain module inside, against which parameter patterns resolve.
         roles: which of its parameters serve one direction alone, if that was said.
+        clean_at: 1 where the network counts the times of latents from noise to data: it is then
+            given `1 - latent_time`, and a velocity is turned round; else 0.
+        predicts: what its latent head predicts, if that was said; a process of another prediction
+            is refused.
         takes_mask: whether its forward has an `attention_mask`; if not, texts have one length.
     """
 
-    def __init__(self, network: nn.Module, roles: Roles | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        roles: Roles | None = None,
+        clean_at: Literal[0, 1] | None = None,
+        predicts: Prediction | None = None,
+    ) -> None:
         self._network, self._path = network, path_inside(network)
         self.roles = getattr(self.module, "roles", None) if roles is None else roles
         if self.roles is not None:
             self.roles.groups(self.module)
+        self.clean_at, self.predicts = direction_of(self.module, clean_at, predicts)
         # Decided once: a wrapper's own forward takes anything, so ask the plain module.
         plain = self.module
         while "_fsdp_wrapped_module" in plain._modules:  # FSDP1, which `freeze` must still see
@@ -118,7 +130,7 @@ class ModuleDenoiser:
 
     def with_network(self, network: nn.Module) -> "ModuleDenoiser":
         """The same around another network, such as this one in a wrapper."""
-        return ModuleDenoiser(network, self.roles)
+        return ModuleDenoiser(network, self.roles, self.clean_at or None, self.predicts)
 
     def denoise(
         self,
@@ -143,6 +155,8 @@ class ModuleDenoiser:
         dtype = network_dtype(self)
         if dtype is not None and dtype != latents.dtype:
             latents = latents.to(dtype)
+        if self.clean_at:
+            latent_time = 1 - latent_time
         with _reading(dtype):
             output = self.network(
                 tokens, latents, text_time=text_time, latent_time=latent_time, **more
@@ -152,10 +166,19 @@ class ModuleDenoiser:
                 "a denoising network must return (logits, latent_prediction) or a `Denoised`, "
                 f"got {type(output).__name__}; give `as_denoiser` a module whose forward does"
             )
-        return Denoised(*output)
+        logits, prediction = output
+        if self.clean_at and self.predicts == "velocity" and prediction is not None:
+            prediction = -prediction  # from data to noise, as it is in a process
+        return Denoised(logits, prediction)
 
 
-def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDenoiser:
+def as_denoiser(
+    network: nn.Module,
+    *,
+    roles: Roles | None = None,
+    clean_at: Literal[0, 1] | None = None,
+    predicts: Prediction | None = None,
+) -> ModuleDenoiser:
     """Make a `Denoiser` of a module, plain or wrapped in DDP, FSDP2 or `torch.compile`.
 
     Other wrappers are seen through too, and any number of them: `AveragedModel`, `DataParallel`,
@@ -172,10 +195,18 @@ def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDeno
         network: the module.
         roles: which parameters serve one direction alone, for policies that name them; those of an
             attribute `roles` of the plain module if not given.
+        clean_at: 1 if the network counts the times of latents from noise (0) to data (1), as many
+            flow-matching models do: it is given `1 - latent_time`, and the velocity that it
+            predicts, which points to the data, is turned round. An attribute `clean_at` of the
+            plain module says the same; what is said here is noted there, so that copies of it, as
+            a `Teacher` makes one, keep it. 0 if neither is given.
+        predicts: what the latent head predicts, which must then be the prediction of the latent
+            process; `velocity` if not given where `clean_at` is 1. Noted as `clean_at` is.
 
     Raises:
         TypeError: not a module.
-        ValueError: roles that do not fit the parameters.
+        ValueError: roles that do not fit the parameters, an unknown `clean_at` or `predicts`, or
+            one that is not what the module says.
 
     Examples:
         >>> import torch
@@ -202,7 +233,7 @@ def as_denoiser(network: nn.Module, *, roles: Roles | None = None) -> ModuleDeno
             f"`network` must be a torch.nn.Module, got {type(network).__name__}; "
             "an object with a `denoise` method is a Denoiser already"
         )
-    return ModuleDenoiser(network, roles)
+    return ModuleDenoiser(network, roles, clean_at, predicts)
 
 
 class EncoderDecoder(nn.Module):
@@ -210,7 +241,7 @@ class EncoderDecoder(nn.Module):
 
     Each is called as `as_denoiser` says, without `need`; the encoder returns the latent prediction
     and the decoder the logits. Only what is needed runs. Parameter patterns start with `encoder.`
-    and `decoder.`, and so do its roles.
+    and `decoder.`, and so do its roles. Attributes `clean_at` (see `as_denoiser`) must be equal.
 
     Examples:
         >>> import torch
@@ -228,6 +259,9 @@ class EncoderDecoder(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        clean_at, predicts = direction_of_two(encoder, decoder)
+        if clean_at:
+            self.clean_at, self.predicts = clean_at, predicts
         sides = [{id(p) for p in part.parameters()} for part in (encoder, decoder)]
         if all(sides) and sides[0].isdisjoint(sides[1]):
             self.roles = Roles(encoder_only=("encoder.*",), decoder_only=("decoder.*",))
@@ -324,24 +358,6 @@ def need_latents(output: Denoised, latents: Tensor) -> Latents:
         )
     checks.check_same_shape("latent_prediction", output.latent_prediction, "latents", latents)
     return output.latent_prediction
-
-
-def refuse_unused(denoiser: Denoiser) -> None:
-    """Refuse a network whose DDP looks for unused parameters, where several passes learn from it.
-
-    DDP takes what the last pass does not reach for unused, and fails at the gradient of another.
-    """
-    network = getattr(denoiser, "network", None)
-    if not isinstance(network, nn.parallel.DistributedDataParallel) or network.static_graph:
-        return
-    if network.find_unused_parameters and torch.is_grad_enabled():
-        raise ValueError(
-            "the denoiser's network is in DistributedDataParallel(find_unused_parameters=True), "
-            "and this step runs several passes of it, the last of which need not reach every "
-            "parameter: PyTorch would fail with 'marked as ready twice'. Wrap the whole step, "
-            "DistributedDataParallel(StepModule(denoiser, objective), ...), or set "
-            "find_unused_parameters=False"
-        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from cyclevae._base import checks
 from cyclevae.gradient_policy.policy import GradientPolicy
+from cyclevae.model.direction import check_predicts
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -22,6 +23,7 @@ def at_the_door(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         TypeError: an array, a list or a dict in place of a tensor, a bare network in place of a
             denoiser, processes that are swapped, a seed in place of a generator.
+        ValueError: a process of another prediction than the denoiser was said to have.
     """
     parameters = inspect.signature(function).parameters
     names = tuple(parameters)
@@ -29,9 +31,14 @@ def at_the_door(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name, value in given.items():
             if name in _KINDS and (value is not None or name in required):
                 _KINDS[name](name, value)
+        process = given.get("latent_process")
+        if isinstance(process, LatentProcess):
+            for name in ("denoiser", "teacher"):
+                check_predicts(name, given.get(name), process)
         return function(*args, **kwargs)
 
     return checked

@@ -3,6 +3,7 @@
 import inspect
 from contextlib import suppress
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,24 @@ def path_inside(module: nn.Module) -> tuple[str, ...]:
         path.append(name)
         module = module.get_submodule(name)
     return tuple(path)
+
+
+def refuse_unused(denoiser: object) -> None:
+    """Refuse a network whose DDP looks for unused parameters, where several passes learn from it.
+
+    DDP takes what the last pass does not reach for unused, and fails at the gradient of another.
+    """
+    network = getattr(denoiser, "network", None)
+    if not isinstance(network, nn.parallel.DistributedDataParallel) or network.static_graph:
+        return
+    if network.find_unused_parameters and torch.is_grad_enabled():
+        raise ValueError(
+            "the denoiser's network is in DistributedDataParallel(find_unused_parameters=True), "
+            "and this step runs several passes of it, the last of which need not reach every "
+            "parameter: PyTorch would fail with 'marked as ready twice'. Wrap the whole step, "
+            "DistributedDataParallel(StepModule(denoiser, objective), ...), or set "
+            "find_unused_parameters=False"
+        )
 
 
 def _handed_to(module: nn.Module) -> str | None:

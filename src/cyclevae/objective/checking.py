@@ -5,7 +5,8 @@ from dataclasses import fields
 from cyclevae.gradient_policy.gate import check_patterns
 from cyclevae.gradient_policy.presets import PolicySchedule
 from cyclevae.gradient_policy.roles import ROLES
-from cyclevae.model.denoiser import refuse_unused
+from cyclevae.model.direction import check_predicts
+from cyclevae.model.wrappers import refuse_unused
 from cyclevae.objective.plan import Plan, Planned, learners, make_plan
 from cyclevae.objective.requests import Decode, Own
 from cyclevae.objective.rows import Arranged
@@ -79,6 +80,8 @@ def _turns(terms: tuple[Term, ...]) -> list[int]:
 
 def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
     """Refuse what the plan cannot run on this batch and network; the rows that it can run on."""
+    for name in ("denoiser", "teacher"):
+        check_predicts(name, getattr(step, name), step.latent_process)
     for term in terms:  # also those that rest
         for request in term.passes(step.number):
             check_patterns(step.denoiser, request.freeze)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cyclevae._base.precision import fp32
 from cyclevae.diagnostics._measuring import evaluating
 from cyclevae.model.denoiser import Denoiser, need_latents
+from cyclevae.model.direction import check_predicts
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
@@ -72,6 +73,7 @@ def check_denoiser(
         )
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"{type(denoiser).__name__} has no `denoise` method; see as_denoiser")
+    check_predicts("denoiser", denoiser, latent_process)
     shape = tuple(latent_shape or latent_process.shape or ())
     if not shape:
         raise ValueError("give `latent_shape`, or set `shape` on the LatentProcess")
