@@ -47,6 +47,11 @@ def test_a_density_as_a_weight_is_that_of_the_times():
         (lambda: cv.LogitNormal(std=0.0), "`std` must be above 0"),
         (lambda: cv.Latent(min_snr=5.0, weighting=cv.LogitNormal()), "both weigh.*give one"),
         (lambda: cv.Latent(weighting=2.0), r"`weighting` must be LogitNormal"),
+        (lambda: cv.Unconditional(latent_weighting=2.0), r"`latent_weighting` must be LogitNormal"),
+        (
+            lambda: of(cv.Unconditional(latent_weighting=lambda t: 0 * t)),
+            r"`latent_weighting` = .* weighs times from 0 to 1 with 0\.0e\+00 at most",
+        ),
         (
             lambda: of(cv.Latent(weighting=cv.LogitNormal())),
             r"weighs times from 1 to 1 with 0\.0e\+00 at most",

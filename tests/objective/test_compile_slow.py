@@ -62,6 +62,25 @@ def longer(batch, by):
     return batch._replace(**{name: padded(getattr(batch, name)) for name in texts})
 
 
+@pytest.mark.parametrize("schedule", ["flow", "edm", cv.Flow(3.0)])
+def test_a_step_of_flow_matching_compiles(schedule):
+    latent = cv.LatentProcess(schedule, "velocity", max_gain=100.0, shape=(4,))
+    terms = [
+        cv.Latent(time=cv.TimePolicy("uniform"), weighting=cv.LogitNormal()),
+        cv.Unconditional(latent_weighting=cv.LogitNormal()),
+        cv.CycleText(bridge=cv.LatentBridge(steps=2)),
+        cv.Prior("learned"),
+    ]
+    network = toy_denoiser(seed=0)[0].module
+    module = cv.StepModule(
+        cv.as_denoiser(network, clean_at=1),
+        cv.CycleObjective(TEXT, latent, terms),
+        cv.Teacher(network),
+    )
+    parameters = list(network.parameters())
+    assert_same_as_eager(module, parameters, toy_batch(rows=4), step=3)
+
+
 SIZES = [
     toy_batch(rows=4),
     longer(toy_batch(rows=3), 2),

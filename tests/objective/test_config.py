@@ -29,7 +29,12 @@ NORM = {"form": "norm", "mean": torch.arange(4.0), "covariance": torch.eye(4) * 
 EVERYTHING = of(
     cv.Text(weight=2.0, cap=100.0, every=1, fraction=0.5, time=TIMES),
     cv.Latent(cap=50.0, time=TIMES, distance="cosine", space="x0", min_snr=5.0, every=3),
-    cv.Unconditional(weight=cv.ramp(1.0, 2), latent_time=0.5, null_text_rate=0.2),
+    cv.Unconditional(
+        weight=cv.ramp(1.0, 2),
+        latent_time=0.5,
+        null_text_rate=0.2,
+        latent_weighting=cv.LogitNormal(std=0.5),
+    ),
     cv.CycleText(weight=TURNS[0], bridge=BRIDGE, time=MOVING, policy=OPENING, pairs=True, every=2),
     cv.CycleLatent(
         weight=TURNS[1],
@@ -374,7 +379,11 @@ TAKES = {
         "min_snr": {NUMBER, NONE},
         "weighting": {MAPPING, NONE},
     },
-    "unconditional": {"latent_time": TIME | {NONE}, "null_text_rate": {NUMBER, NONE}},
+    "unconditional": {
+        "latent_time": TIME | {NONE},
+        "null_text_rate": {NUMBER, NONE},
+        "latent_weighting": {MAPPING, NONE},
+    },
     "cycle_text": {
         "bridge": {MAPPING},
         "time": TIME,

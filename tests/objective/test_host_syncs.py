@@ -33,6 +33,25 @@ def test_a_step_and_its_backward_wait_for_no_value(objective):
     assert any(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize("schedule", ["flow", "edm"])
+def test_flow_matching_waits_for_no_value(schedule):
+    latent = cv.LatentProcess(schedule, "velocity", max_gain=100.0)
+    times = cv.TimePolicy("uniform", low=0.1)
+    terms = [
+        cv.Latent(time=times, space="x0", weighting=cv.LogitNormal()),
+        cv.Unconditional(latent_weighting=cv.LogitNormal()),
+        cv.CycleText(bridge=cv.LatentBridge(steps=2)),
+        cv.Prior("learned"),
+    ]
+    objective = cv.CycleObjective(TEXT, latent, terms)
+    network = toy_denoiser(seed=0)[0].module.to(META)
+    denoiser, teacher = cv.as_denoiser(network, clean_at=1), cv.Teacher(network).denoiser
+    batch = cv.Batch(*[part.to(META) for part in toy_batch(rows=4)[:6]])
+    with HostSyncs() as syncs:
+        objective(denoiser, batch, step=3, teacher=teacher).loss.backward()
+    assert syncs.found == []
+
+
 MASK = torch.zeros(3, dtype=torch.bool)
 SYNCS = {
     "item": (lambda x: x.sum().item(), "_local_scalar_dense"),

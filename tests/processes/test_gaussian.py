@@ -168,8 +168,9 @@ def test_losses_of_a_perfect_denoiser(world, prediction):
             text_time=1.0,
             latent_time=time[at],
             noise=noise[at],
+            latent_weighting=lambda t: 1 + t,
         )
-        value = expected(world, one[None], prediction)[0]
+        value = (1 + one) * expected(world, one[None], prediction)[0]
         torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-12)
 
 

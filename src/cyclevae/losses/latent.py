@@ -28,6 +28,7 @@ from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import LatentWeighting, TimePolicy
 
 LatentDistance = Literal["mse", "cosine", "normalized_mse"]
+_NOTHING = 1e-3  # the weight below which all times together teach nothing
 AnyDistance = LatentDistance | Callable[[Latents, Latents], Latents]
 
 
@@ -228,7 +229,7 @@ def t2l_loss(
     tokens, attention_mask = text_process.as_text(tokens, attention_mask)
     space = latent_process.prediction if space is None else space
     latent_process.check_space("space", space)
-    check_weighting(min_snr, weighting)
+    check_weights(min_snr, weighting)
     if time is None:
         time = TimePolicy("uniform")
     if isinstance(time, TimePolicy):
@@ -287,16 +288,34 @@ def encoded_loss(
     )
 
 
-def check_weighting(min_snr: Number | None, weighting: LatentWeighting | None) -> None:
+def check_weights(min_snr: Number | None, weighting: LatentWeighting | None) -> None:
     """Refuse two weights for one row, and what is none."""
+    check_weighting("weighting", weighting)
     if min_snr is not None:
         checks.check_positive("min_snr", min_snr)
         if weighting is not None:
             raise ValueError("`min_snr` and `weighting` both weigh the rows of a loss: give one")
+
+
+def check_weighting(name: str, weighting: object) -> None:
+    """Refuse what is no function of the times."""
     if weighting is not None and not callable(weighting):
         raise ValueError(
-            "`weighting` must be LogitNormal(...) or a function of times [b] that returns weights "
+            f"`{name}` must be LogitNormal(...) or a function of times [b] that returns weights "
             f"[b], got {weighting!r}"
+        )
+
+
+def check_some_weight(name: str, told: object, weights: object, times: Time) -> None:
+    """Refuse weights of the times of a term that are no weights, or teach nothing."""
+    shown = f"{told:g}" if isinstance(told, int | float) else repr(told)
+    weighs = f"`{name}` = {shown} weighs times from {times.min():g} to {times.max():g} with"
+    if not isinstance(weights, Tensor) or weights.shape != times.shape or weights.min() < 0:
+        raise ValueError(f"{weighs} {weights!r:.80}, not with a number of at least 0 for each")
+    if not weights.max().item() >= _NOTHING:
+        raise ValueError(
+            f"{weighs} {weights.max().item():.1e} at most, so that the loss teaches nothing: "
+            f"draw other times, as in time=TimePolicy('uniform'), or leave `{name}` out"
         )
 
 

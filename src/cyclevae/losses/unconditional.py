@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import only_present, reduce_latents, reduce_text
 from cyclevae._base.types import (
     Count,
@@ -18,11 +17,13 @@ from cyclevae._base.types import (
     Tokens,
 )
 from cyclevae.losses.cross_entropy import token_nll
+from cyclevae.losses.latent import check_weighting, latent_loss
 from cyclevae.model.both import joint
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
+from cyclevae.processes.times import LatentWeighting
 
 
 class UnconditionalLoss(NamedTuple):
@@ -56,6 +57,7 @@ def unconditional_loss(
     latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    latent_weighting: LatentWeighting | None = None,
     reduction: Literal["mean", "sum", "nats"] = "mean",
     text_count: Count | None = None,
     latent_count: Count | None = None,
@@ -85,6 +87,8 @@ def unconditional_loss(
         latent_time: a number or `[b]`; stratified uniform if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
+        latent_weighting: of the rows of the latent term, a function of their times: `weighting` of
+            `t2l_loss`.
         reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
         text_count: denominator in place of the kept tokens (`nats`: the number) of rows with a
             text.
@@ -108,6 +112,7 @@ def unconditional_loss(
         (torch.Size([]), torch.Size([]))
     """
     checks.check_choice("reduction", reduction, ("mean", "sum", "nats"))
+    check_weighting("latent_weighting", latent_weighting)
     checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:
         latents = only_present(latents, has_latent)
@@ -135,7 +140,12 @@ def unconditional_loss(
     # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
     nll = token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
     target = latent_process.target(latents, out.noise, out.latent_time)
-    squared = (fp32(out.latent_prediction) - target).square()
+    squared = latent_loss(
+        out.latent_prediction,
+        target,
+        weight=None if latent_weighting is None else latent_weighting(out.latent_time),
+        reduction="none",
+    )
     if text_count is None:
         text_count = has_text.sum() if reduction == "nats" else kept.sum()
     return UnconditionalLoss(

@@ -348,3 +348,10 @@ def highest(time: Number | TimePolicy, step: int = 0) -> Number:
     if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
         refuse_clean(f"time.high({step})", cap)
     return cap
+
+
+def between(time: Number | TimePolicy) -> Time:
+    """A hundred times, from the lowest to the highest that may come at step 0."""
+    high = highest(time)
+    low = time.lowest() if isinstance(time, TimePolicy) else high
+    return torch.linspace(low, high, 100, dtype=torch.float64, device="cpu")

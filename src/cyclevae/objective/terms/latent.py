@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
-import torch
-from torch import Tensor
-
 from cyclevae._base import checks
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import Count, Number, Prediction, Scalar
 from cyclevae.losses.latent import (
     AnyDistance,
     check_distance,
-    check_weighting,
+    check_some_weight,
+    check_weights,
     encoded_loss,
     errors_per_row,
     row_weights,
@@ -21,11 +19,9 @@ from cyclevae.losses.latent import (
 )
 from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
-from cyclevae.objective.step import Setting, Step, highest
+from cyclevae.objective.step import Setting, Step, between, highest
 from cyclevae.objective.term import Term, Weight
 from cyclevae.processes.times import LatentWeighting, TimePolicy, check_time
-
-_NOTHING = 1e-3  # the weight below which all times together teach nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +69,7 @@ class Latent(Term):
         check_distance("distance", self.distance)
         if self.space is not None:
             checks.check_choice("space", self.space, get_args(Prediction))
-        check_weighting(self.min_snr, self.weighting)
+        check_weights(self.min_snr, self.weighting)
 
     @property
     def rows(self) -> Share:
@@ -97,24 +93,15 @@ class Latent(Term):
         process = setting.latent_process
         space = self.space or process.prediction
         process.check_space("space", space)
-        high = highest(self.time)
-        low = self.time.lowest() if isinstance(self.time, TimePolicy) else high
-        for end in (low, high):  # whatever comes between
-            process.refuse_ill_conditioned(end, space=space)
-        times = torch.linspace(low, high, 100, dtype=torch.float64, device="cpu")
+        times = between(self.time)
+        for some in (times[0].item(), times[-1].item(), times):  # numbers are always checked
+            process.refuse_ill_conditioned(some, space=space)
         options: dict[str, Any] = {"min_snr": self.min_snr, "weighting": self.weighting}
         weights = row_weights(times, process, space=space, **options)
         if weights is None:
             return
         name = "weighting" if self.min_snr is None else "min_snr"
-        told = f"`{name}` = {options[name]!r} weighs times from {low:g} to {high:g} with"
-        if not isinstance(weights, Tensor) or weights.shape != times.shape or weights.min() < 0:
-            raise ValueError(f"{told} {weights!r:.80}, not with a number of at least 0 for each")
-        if not weights.max().item() >= _NOTHING:
-            raise ValueError(
-                f"{told} {weights.max().item():.1e} at most, so that the loss teaches nothing: "
-                f"draw other times, as in time=TimePolicy('uniform'), or leave `{name}` out"
-            )
+        check_some_weight(name, options[name], weights, times)
 
     def check_step(self, step: Step) -> None:
         """Pairs are needed, and times at which the conversion is sound."""

@@ -8,13 +8,19 @@ import torch.nn.functional as F
 
 from cyclevae._base import checks
 from cyclevae._base.types import Count, Number, Scalar
-from cyclevae.losses.latent import errors_per_row
+from cyclevae.losses.latent import check_some_weight, check_weighting, errors_per_row
 from cyclevae.losses.unconditional import unconditional_loss
 from cyclevae.objective.requests import Own, Request
 from cyclevae.objective.rows import Arranged, Share
-from cyclevae.objective.step import Setting, Step, highest
+from cyclevae.objective.step import Setting, Step, between, highest
 from cyclevae.objective.term import Term
-from cyclevae.processes.times import TimePolicy, check_time, stratified_times
+from cyclevae.processes.times import (
+    UNIFORM,
+    LatentWeighting,
+    TimePolicy,
+    check_time,
+    stratified_times,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +34,8 @@ class Unconditional(Term):
         latent_time: of the latents, a number or a `TimePolicy`; stratified uniform if None.
         null_text_rate: the share of pairs whose text is fully masked, the state that the priors
             `learned` and `ddvi` read; if None, 0.1 beside one of them, else 0.
+        latent_weighting: of latents by their times, `LogitNormal(...)` or a function: see
+            `unconditional_loss`.
 
     Raises:
         ValueError: an option out of range.
@@ -39,6 +47,7 @@ class Unconditional(Term):
 
     latent_time: Number | TimePolicy | None = None
     null_text_rate: Number | None = None
+    latent_weighting: LatentWeighting | None = None
 
     parts: ClassVar[tuple[str, ...]] = ("text", "latent")
     expected_counts: ClassVar[tuple[str, ...]] = ("text",)
@@ -54,6 +63,7 @@ class Unconditional(Term):
             check_time("latent_time", self.latent_time)
         if self.null_text_rate is not None:
             checks.check_share("null_text_rate", self.null_text_rate)
+        check_weighting("latent_weighting", self.latent_weighting)
 
     @property
     def rows(self) -> Share:
@@ -73,6 +83,14 @@ class Unconditional(Term):
             "text": words.sum() - left_out,
             "latent": latents.sum() * errors_per_row(rows.latents),
         }
+
+    def check(self, setting: Setting) -> None:
+        """A weight must weigh something at these times."""
+        if self.latent_weighting is not None:
+            times = between(UNIFORM if self.latent_time is None else self.latent_time)
+            check_some_weight(
+                "latent_weighting", self.latent_weighting, self.latent_weighting(times), times
+            )
 
     def check_step(self, step: Step) -> None:
         """Texts and latents are needed, paired or not, and times above 0."""
@@ -101,6 +119,7 @@ class Unconditional(Term):
             has_text=has_text,
             has_latent=rows.has_latent,
             latent_time=time,
+            latent_weighting=self.latent_weighting,
             generator=step.generator,
             text_count=step.denominator("text"),
             latent_count=step.denominator("latent"),
