@@ -5,6 +5,7 @@ what is tested.
 """
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -387,9 +388,39 @@ def of(term, latent=None):
     return cv.CycleObjective(TEXT, latent or cv.LatentProcess("flow", "velocity"), [term])
 
 
-@pytest.mark.parametrize("schedule", ["flow", "edm", cv.Flow(3.0), cv.EDM(0.01, 20.0, 5.0)])
+@dataclass(frozen=True)
+class Power:
+    """A schedule of one's own with an option, handed to `from_config` as a class."""
+
+    power: float = 2.0
+
+    def __call__(self, time):
+        return 1 - time**self.power, time**self.power
+
+    def rates(self, time):
+        return -torch.ones_like(time), torch.ones_like(time)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["flow", "edm", cv.Flow(3.0), cv.EDM(0.01, 20.0, 5.0), Power(3.0)]
+)
 def test_a_schedule_survives_a_file(schedule):
     objective = of(cv.Latent(), cv.LatentProcess(schedule, "velocity"))
-    again = cv.CycleObjective.from_config(objective.to_config())
+    again = cv.CycleObjective.from_config(objective.to_config(), processes=[Power])
     assert again == objective and again.to_config() == objective.to_config()
     assert again.latent_process.schedule == schedule
+
+
+def test_a_schedule_in_a_file_is_no_guess():
+    config = of(cv.Latent()).to_config()
+    for schedule, words in (
+        ({}, "`latent_process.schedule` must be .* got a mapping"),
+        ({"shfit": 3.0}, "unknown key `latent_process.schedule.shfit`; did you mean 'shift'"),
+        (
+            {"kind": "Power"},
+            r"`latent_process.schedule.kind` is 'Power', a class that was not hand",
+        ),
+    ):
+        config["latent_process"]["schedule"] = schedule
+        with pytest.raises(ValueError, match=words):
+            cv.CycleObjective.from_config(config)

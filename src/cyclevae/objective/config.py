@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base.checks import nearest
+from cyclevae.processes.latent_schedules import EDM, Flow
 
 VERSION = 2
 T = TypeVar("T")
@@ -31,6 +32,9 @@ def dump_objective(objective: Any) -> dict[str, Any]:
         kind = type(process).__name__
         shipped = kind == "".join(part.title() for part in name.split("_"))
         plain[name] = {**({} if shipped else {_KIND: kind}), **dump(process, name)}
+        schedule = getattr(process, "schedule", None)
+        if is_dataclass(schedule) and not isinstance(schedule, Flow | EDM):
+            plain[name]["schedule"][_KIND] = type(schedule).__name__
     terms = {}
     for term in plain["terms"]:
         path, kind = f"terms.{term.name}", term.kind()
@@ -102,8 +106,12 @@ def load_objective(
         if name not in options:
             raise ValueError(f"`{name}` is missing from the configuration")
         if isinstance(options[name], Mapping):
-            by_name = {c.__name__: c for c in processes} | {None: default}
-            options[name] = _load_kind(name, options[name], by_name)
+            by_name = {c.__name__: c for c in processes}
+            told = dict(options[name])
+            schedule = told.get("schedule")
+            if isinstance(schedule, Mapping) and _KIND in schedule:  # a class of one's own
+                told["schedule"] = _load_kind(f"{name}.schedule", schedule, by_name)
+            options[name] = _load_kind(name, told, by_name | {None: default})
     if options.get("terms") is not None:
         options["terms"] = [
             _load_term(str(name), told, terms)
@@ -219,7 +227,8 @@ def _parse_mapping(path: str, value: Mapping[str, Any], choices: Sequence[Any]) 
         # the one that all keys fit, or that most do, for an error that helps
         best = max(classes, key=lambda c: len(value.keys() & {f.name for f in fields(c)}))
         needed = [c for c in fitting if {f.name for f in fields(c) if _required(f)} <= value.keys()]
-        return load(path, value, (needed or fitting or [best])[0])
+        if value or len(needed) < 2:  # of nothing said any may be meant
+            return load(path, value, (needed or fitting or [best])[0])
     if any(get_origin(c) in (Mapping, dict) or c in (Mapping, dict) for c in choices):
         return {str(key): _as_plain(item) for key, item in value.items()}
     raise ValueError(f"`{path}` must be {_told(choices)}, got a mapping {dict(value)!r}")

@@ -389,7 +389,7 @@ class CycleObjective:
         Args:
             config: the options.
             terms: the classes of one's own terms, by the name that the configuration calls them.
-            processes: the classes of one's own processes.
+            processes: the classes of one's own processes, and of schedules of latents.
 
         Raises:
             ValueError: an unknown key, a value of another type, or a missing one, by its path; or

@@ -288,12 +288,11 @@ def check(
 
     cosines = [cosine_similarity(z, latents, dim=1).double() for z in (right, shuffled)]
     health = latent_health(right)
-    alpha, sigma = process.alpha_sigma(torch.ones(1, device=latents.device))
     return Check(
         rows=len(pairs),
         tokens=mask.sum().item() / len(pairs),
         prediction=diffusion.parameterization,
-        gain={"epsilon": (sigma / alpha).item(), "v": sigma.item()}.get(process.prediction, 1.0),
+        gain=process.gain(torch.ones(1, device=latents.device)).item(),
         time=time,
         copied=cosine_similarity(full.prediction.float(), noise, dim=1).mean().item(),
         text=text_probe(denoiser, tokens, latents, mask, noise=noise, **processes),
