@@ -147,6 +147,7 @@ def test_other_predictions_are_left_as_they_are():
     for again in (
         denoiser.with_network(denoiser.module),
         cv.as_denoiser(copy.deepcopy(denoiser.module)),
+        cv.as_denoiser(torch.optim.swa_utils.AveragedModel(denoiser.module)),
         cv.Teacher(denoiser.module).denoiser,
     ):
         assert (again.clean_at, again.predicts) == (1, "x0")
