@@ -57,10 +57,15 @@ OPTIONS = {
     cv.Latent: {
         "time": TIMES,
         "distance": ["mse", "cosine", "normalized_mse"],
-        "space": [None, "x0", "epsilon", "v"],
+        "space": [None, "x0", "epsilon", "v", "velocity"],
         "min_snr": [None, None, 5.0],
+        "weighting": [None, None, cv.LogitNormal()],
     },
-    cv.Unconditional: {"latent_time": [None, *TIMES], "null_text_rate": [None, 0.0, 0.3, 1.0]},
+    cv.Unconditional: {
+        "latent_time": [None, *TIMES],
+        "null_text_rate": [None, 0.0, 0.3, 1.0],
+        "latent_weighting": [None, None, cv.LogitNormal()],
+    },
     cv.CycleText: {
         "bridge": GUARDED,
         "time": TIMES,
@@ -108,7 +113,7 @@ def option(draw, values, name=""):
     if draw.random() >= ODDS:
         return draw.choice(values)
     # a function may stand in their place, and what it returns is not known before it runs
-    functions = name in ("bridge", "distance", "prior")
+    functions = name in ("bridge", "distance", "prior", "weighting", "latent_weighting")
     return draw.choice([value for value in JUNK if not (functions and callable(value))])
 
 
@@ -133,8 +138,8 @@ def processes(draw):
         **draw.choice([{}, {}, {"end_id": 1}]),
     )
     latent = cv.LatentProcess(
-        option(draw, ["cosine", "cosine", "linear"]),
-        prediction=option(draw, ["x0"] * 6 + ["v", "v", "epsilon"]),
+        option(draw, ["cosine", "cosine", "linear", "flow", cv.Flow(3.0), cv.EDM(sigma_max=9.0)]),
+        prediction=option(draw, ["x0"] * 6 + ["v", "v", "velocity", "epsilon"]),
         shape=draw.choice([None, (WIDTH,)]),
     )
     return text, latent
