@@ -1,13 +1,12 @@
-"""The schedulers and the loss code of `diffusers`, where it is installed: equal, step by step."""
+"""The schedulers and the loss code of `diffusers`: equal, step by step."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 import cyclevae as cv
 from cyclevae.model.denoiser import Denoised
-
-diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which no extra installs")
 
 TEXT = cv.TextProcess(mask_id=2, vocab_size=7, pad_id=0)
 
