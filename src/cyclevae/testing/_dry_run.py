@@ -1,6 +1,7 @@
 """A batch that a denoiser is tried on, and how it is read."""
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class DryRun(NamedTuple):
         time = torch.ones(len(tokens), device=tokens.device)
         torch.manual_seed(self.seed)
         random.seed(self.seed)  # self-conditioning, stochastic depth
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(self.seed)
         return self.denoiser.denoise(
             tokens,
             self.latents,

@@ -1,9 +1,11 @@
 """Is a model a denoiser, in the wrappers it will be trained in."""
 
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +34,13 @@ def check_denoiser(
 ) -> None:
     """Dry-run a denoiser as the objective will use it; call it first, on the wrapped object.
 
-    Checks that the network is reached through its own `__call__`; that both directions and the
-    joint mode return finite outputs of the right shapes; that `need` is honoured; that padding and
-    other rows of the batch change nothing; that the text reaches the latent prediction, the latent
-    the logits, and a word the logits on both sides of it, if on one (a causal model cannot fill in
-    a masked text); that both outputs carry a gradient to the parameters that they depend on and
-    that learn; and that its roles, if it has any, are true.
+    Checks that the network is reached through its own `__call__`, and leaves its inputs as they
+    are; that both directions and the joint mode return finite outputs of the right shapes; that
+    `need` is honoured; that padding and other rows of the batch change nothing; that both ends of a
+    text reach the latent prediction, the latent the logits of every word, and a word the logits on
+    both sides of it, if on one (a causal model cannot fill in a masked text); that both outputs
+    carry a gradient to the parameters that they depend on and that learn; and that its roles, if it
+    has any, are true.
 
     Parameters whose numbers are all equal, such as a head that begins at 0, are moved meanwhile, so
     that nothing is silent because it has not learned yet. Dropout is off; other draws follow the
@@ -132,12 +135,22 @@ def _check_norms(module: object) -> None:
 
 
 def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
+    given = {name: getattr(dry, name).clone() for name in ("tokens", "latents", "mask")}
     try:
         full = dry.outputs(mode)
+        _check_inputs(mode, dry, given)
+        # of all before a parameter is moved, after which autograd would not go back
+        unreached = [name for name, x in full.items() if learning and not _reached(x, learning)]
         with torch.no_grad():
             alone = dry.row().outputs(mode)
     except ValueError as error:
         raise AssertionError(f"{mode}: {error}") from error
+    except RuntimeError as error:  # which ran before, without gradients
+        raise AssertionError(
+            f"{mode}: the network fails where gradients are on ({error}); let parts that do not "
+            "learn run under torch.no_grad(), or with requires_grad_(False), and activation "
+            "checkpointing with use_reentrant=False"
+        ) from error
     later = torch.arange(len(dry.tokens), device=dry.tokens.device) > 0
     others = dry.other_words(later[:, None])
     others = others._replace(latents=_where(later, 0.5 - dry.latents, dry.latents))
@@ -161,7 +174,7 @@ def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
                 f"{mode}: other rows of the batch change the {name}; a denoiser must treat rows "
                 "apart (no batch normalisation over rows)"
             )
-        if learning and not _reached(value, learning):
+        if name in unreached:
             with torch.no_grad(), moved(learning):
                 depends = not torch.equal(value, dry.outputs(mode)[name])
             if depends:  # where all that it reads is frozen, there is nothing to reach
@@ -170,35 +183,60 @@ def _check_mode(dry: DryRun, mode: Mode, learning: Sequence[Tensor]) -> None:
                 )
 
 
+def _check_inputs(mode: Mode, dry: DryRun, given: Mapping[str, Tensor]) -> None:
+    for name, before in given.items():
+        if not torch.equal(before, getattr(dry, name)):
+            raise AssertionError(
+                f"{mode}: the network writes into the {name} that it is given, which other passes "
+                "of a step read too; let it work on a copy"
+            )
+
+
 def _check_listening(dry: DryRun) -> None:
-    """Each direction must depend on its condition."""
+    """Each direction must depend on its condition: on both ends of a text, and at every place."""
+    places = dry.text_process.chosen(dry.mask)
+    row = torch.arange(len(places), device=places.device)[:, None] == 0
+    changed = {
+        "text": torch.ones_like(places),
+        "first word": row & places & (places.cumsum(1) == 1),
+        "last word": row & places & (places.flip(1).cumsum(1).flip(1) == 1),
+    }
+    fine = dry.latents.dtype in (torch.float32, torch.float64)  # others may round a change away
     with torch.no_grad():
-        for mode, name, condition, other, cure in (
-            (
-                T2L,
-                "latent_prediction",
-                "text",
-                dry.other_words(torch.ones_like(dry.mask)),
-                "read it off words that have seen the text (a latent in front of a causal model "
-                "has seen none)",
-            ),
-            (
-                L2T,
-                "logits",
-                "latent",
-                dry._replace(latents=dry.latents.roll(1, 0)),
-                "let every position read the latent",
-            ),
-        ):
-            if other.tokens is not dry.tokens and torch.equal(other.tokens, dry.tokens):
-                continue  # there is no other word
-            before, again, after = (each.outputs(mode)[name] for each in (dry, dry, other))
-            spread = _distance(before, again)
-            if spread <= 1e-3 * before.abs().max() and _distance(before, after) <= 10 * spread:
-                raise AssertionError(
-                    f"{mode}: another {condition} changes nothing in the {name}, so this direction "
-                    f"could learn nothing of it; {cure}"
-                )
+        before, again = (dry.outputs(T2L)["latent_prediction"] for _ in range(2))
+        for what, at in changed.items() if fine else [("text", changed["text"])]:
+            other = dry.other_words(at)
+            if not torch.equal(other.tokens, dry.tokens):  # there is another word
+                after = other.outputs(T2L)["latent_prediction"]
+                _refuse_deaf(T2L, what, "latent_prediction", before, again, after)
+        before, again = (dry.outputs(L2T)["logits"] for _ in range(2))
+        after = dry._replace(latents=dry.latents.roll(1, 0)).outputs(L2T)["logits"]
+        _refuse_deaf(L2T, "latent", "logits", before, again, after)
+        deaf = places & (before == after).all(dim=-1)
+        if fine and bool(deaf.any()):
+            at_those = [x[deaf] for x in (before, again, after)]
+            _refuse_deaf(L2T, "latent", "logits of some places", *at_those)
+
+
+_HEARING = {
+    T2L: (
+        "read it off words that have seen the text (a latent in front of a causal model has seen "
+        "none)"
+    ),
+    L2T: "let every position read the latent",
+}
+
+
+def _refuse_deaf(
+    mode: Mode, changed: str, name: str, before: Tensor, again: Tensor, after: Tensor
+) -> None:
+    """Refuse outputs that stay as they are, where they can be told from random draws."""
+    spread = _distance(before, again)
+    if spread <= 1e-3 * before.abs().max() and _distance(before, after) <= 10 * spread:
+        raise AssertionError(
+            f"{mode}: another {changed} changes nothing in the {name}, so this direction could "
+            f"learn nothing of it; {_HEARING[mode]}"
+        )
 
 
 def _check_both_sides(dry: DryRun) -> None:
@@ -293,12 +331,15 @@ def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def _python_random() -> Iterator[None]:
-    """The state of Python's own random numbers, put back."""
-    state = random.getstate()
+    """The states of the random numbers of Python and, where it is loaded, NumPy, put back."""
+    numpy: Any = sys.modules.get("numpy")
+    state = random.getstate(), numpy and numpy.random.get_state()
     try:
         yield
     finally:
-        random.setstate(state)
+        random.setstate(state[0])
+        if numpy:
+            numpy.random.set_state(state[1])
 
 
 @contextmanager
