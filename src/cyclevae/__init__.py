@@ -31,6 +31,9 @@ from cyclevae.model.denoiser import (
     as_denoiser,
     embed_tokens,
 )
+from cyclevae.model.evaluation import evaluated
+from cyclevae.model.guidance import guided, without_condition
+from cyclevae.model.maker import Maker
 from cyclevae.model.passes import l2t, l2t_and_t2l, t2l
 from cyclevae.model.teacher import Teacher
 from cyclevae.objective.batch import Batch
@@ -93,6 +96,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "LatentBridge",
     "LatentProcess",
     "LogitNormal",
+    "Maker",
     "Own",
     "Phases",
     "PolicySchedule",
@@ -127,8 +131,10 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "draw_lengths",
     "embed_tokens",
     "encode_text",
+    "evaluated",
     "freeze",
     "gate_params",
+    "guided",
     "gumbel_text",
     "infonce_loss",
     "joint",
@@ -160,6 +166,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "two_pass",
     "unconditional_loss",
     "unmask_text",
+    "without_condition",
 ]
 
 

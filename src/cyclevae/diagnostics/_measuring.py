@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.types import Latents, Logits, Mask
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_logits
+from cyclevae.model.evaluation import evaluating
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -20,25 +20,6 @@ def measuring(denoiser: Denoiser) -> Iterator[None]:
     """No graph and no dropout; then every submodule is in its mode again."""
     with evaluating(getattr(denoiser, "module", None)), detach():
         yield
-
-
-@contextmanager
-def evaluating(module: object) -> Iterator[None]:
-    """Dropout off, then every submodule back as it was, and sharded again where FSDP2 shards it."""
-    modules = list(module.modules()) if isinstance(module, nn.Module) else []
-    modes = [m.training for m in modules]
-    for m in modules:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
-            # A root unit stays unsharded until its backward, and an optimizer made meanwhile would
-            # hold the wrong parameters. By name, because torch.distributed may be missing.
-            if any(base.__name__ == "FSDPModule" for base in type(m).__mro__):
-                reshard: Any = m.reshard
-                reshard()
 
 
 def seeded(generator: torch.Generator | None, at: Tensor) -> torch.Generator:

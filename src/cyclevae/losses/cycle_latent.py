@@ -31,6 +31,7 @@ from cyclevae.losses.latent import AnyDistance, check_distance, latent_loss
 from cyclevae.losses.text_marginal import text_marginal_loss
 from cyclevae.model.denoiser import Denoiser, reading_relaxed
 from cyclevae.model.door import at_the_door
+from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -48,6 +49,7 @@ def cycle_latent_loss(
     latent_process: LatentProcess,
     y_hat: AnyTokens | None = None,
     logits: Logits | None = None,
+    maker: Denoiser | None = None,
     bridge: AnyTextBridge = "argmax",
     show_latent: bool = False,
     time: Number | Time = 1.0,
@@ -67,7 +69,7 @@ def cycle_latent_loss(
     gradient for the decoder is that of `rloo_surrogate`.
 
     The modes of the network are left as they are: in training, dropout acts in the pass that makes
-    the pseudo-text as in any other. Give a `y_hat` made in evaluation mode to do without.
+    the pseudo-text as in any other. `maker=evaluated(denoiser)` does without.
 
     Args:
         denoiser: the model.
@@ -80,6 +82,9 @@ def cycle_latent_loss(
             says in errors where it comes from.
         logits: of the fully masked decoder pass on these latents, where it is already computed;
             under a policy with `freeze_bridge`, inside of `freeze`.
+        maker: the model that writes the pseudo-text, if it is not the one that learns: an averaged
+            copy, `guided` or `evaluated`. Nobody learns through what it writes. Of given `logits`,
+            the one that made them.
         bridge: a `TextBridge`, its name, or a function.
         show_latent: noise the true latent to `time` for the encoder, which thereby sees it, instead
             of starting from pure noise.
@@ -94,7 +99,8 @@ def cycle_latent_loss(
         count: as `latent_loss`.
 
     Raises:
-        ValueError: wrong shapes or values, a policy that the bridge cannot follow, or an epsilon
+        ValueError: wrong shapes or values, a policy that the bridge cannot follow, a `maker`
+            beside `y_hat` or under a policy that would teach it, or an epsilon
             process whose gain at `time` is above `max_gain`.
         TypeError: a network that cannot read the relaxed text of the bridge.
         RuntimeError: a policy that freezes, over reentrant activation checkpointing.
@@ -114,6 +120,8 @@ def cycle_latent_loss(
         ... )
     """
     bridge = TextBridge.of(bridge)
+    check_bridge_maker(maker, policy, made="y_hat" if y_hat is not None else None)
+    writer = denoiser if maker is None else maker
     if y_hat is None:
         bridge.check_policy(policy)
     elif logits is not None or bridge.name == "rloo":
@@ -146,8 +154,8 @@ def cycle_latent_loss(
     else:
         with policy.bridge_pass(denoiser):
             if logits is None:
-                logits = l2t(denoiser, latents, mask, text_process=text_process)
-            texts = _write(denoiser, latents, mask, logits, text_process, bridge, generator)
+                logits = l2t(writer, latents, mask, text_process=text_process)
+            texts = _write(writer, latents, mask, logits, text_process, bridge, generator)
         if policy.freeze_bridge:
             refuse_reentrant([logits], bridge=latents)
     named = y_hat is None or bridge != TextBridge()

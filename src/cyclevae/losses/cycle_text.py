@@ -21,6 +21,7 @@ from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
+from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.passes import l2t
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
@@ -35,6 +36,7 @@ def cycle_text_loss(
     text_process: TextProcess,
     latent_process: LatentProcess,
     z_hat: Latents | None = None,
+    maker: Denoiser | None = None,
     bridge: LatentBridge = ONE_SHOT,
     time: Number | Time = 1.0,
     noise: Latents | None = None,
@@ -57,6 +59,8 @@ def cycle_text_loss(
         latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
         z_hat: the first half, where it is already computed; the encoder passes are then skipped,
             and of `bridge` only its noise is used.
+        maker: the model that makes `z_hat`, if it is not the one that learns: an averaged copy,
+            `guided` or `evaluated`. Nobody learns through what it makes.
         bridge: how many passes make `z_hat`, and what guards it.
         time: at which the encoder starts from noise.
         noise: standard normal noise; drawn with `generator` if not given.
@@ -68,7 +72,8 @@ def cycle_text_loss(
         count: as `text_loss`.
 
     Raises:
-        ValueError: wrong shapes or values, or a prediction whose gain at `time` is above
+        ValueError: wrong shapes or values, a `maker` beside `z_hat` or under a policy that would
+            teach it, or a prediction whose gain at `time` is above
             `max_gain`; the message lists the cures.
         RuntimeError: a policy that freezes, over reentrant activation checkpointing.
 
@@ -87,10 +92,11 @@ def cycle_text_loss(
         (torch.Size([]), True)
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
+    check_bridge_maker(maker, policy, made="z_hat" if z_hat is not None else None)
     tokens, mask = text_process.as_text(tokens, attention_mask)
     if z_hat is None:
         z_hat = encode_text(
-            denoiser,
+            denoiser if maker is None else maker,
             tokens,
             mask,
             text_process=text_process,

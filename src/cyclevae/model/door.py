@@ -107,7 +107,7 @@ _KINDS: dict[str, Callable[[str, object], None]] = {
     **dict.fromkeys(_TENSORS, checks.check_tensor),
     **dict.fromkeys(("mean", "variance"), checks.check_number),
     **dict.fromkeys(("count", "text_count", "latent_count"), checks.check_number),
-    **dict.fromkeys(("denoiser", "teacher"), _check_denoiser),
+    **dict.fromkeys(("denoiser", "teacher", "maker"), _check_denoiser),
     "text_process": _check_text_process,
     "latent_process": _check_latent_process,
     "generator": _check_generator,

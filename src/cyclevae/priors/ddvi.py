@@ -23,6 +23,7 @@ from cyclevae.gradient_policy.contexts import detach
 from cyclevae.losses.latent import t2l_loss
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
+from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.priors.learned import check_frozen, noise_error, without_text
 from cyclevae.priors.weighting import weighted_times
@@ -139,6 +140,7 @@ def ddvi_sleep_loss(
     text_process: TextProcess,
     latent_process: LatentProcess,
     y_hat: Tokens | None = None,
+    maker: Denoiser | None = None,
     time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
@@ -159,6 +161,8 @@ def ddvi_sleep_loss(
         text_process: the text process.
         latent_process: the latent process.
         y_hat: the dreamt texts, where they are already drawn; the decoder pass is then skipped.
+        maker: the model that dreams, if it is not the one that learns: an averaged copy, `guided`
+            or `evaluated`.
         time: a number or `[b]`; stratified uniform if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
@@ -180,13 +184,14 @@ def ddvi_sleep_loss(
         >>> loss.shape, bool(loss > 0)
         (torch.Size([]), True)
     """
+    check_bridge_maker(maker, made="y_hat" if y_hat is not None else None)
     checks.check_latents("latents", latents, latent_process.shape)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = checks.as_mask("attention_mask", attention_mask)
     if y_hat is None:
         with detach():
             y_hat = pseudo_text(
-                l2t(denoiser, latents, mask, text_process=text_process),
+                l2t(denoiser if maker is None else maker, latents, mask, text_process=text_process),
                 mask,
                 text_process=text_process,
                 bridge="categorical",

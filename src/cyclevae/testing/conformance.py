@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cyclevae._base.precision import fp32
-from cyclevae.diagnostics._measuring import evaluating
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.direction import check_predicts
+from cyclevae.model.evaluation import evaluating
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
