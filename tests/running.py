@@ -17,6 +17,14 @@ FIVE = (
     cv.CycleText(weight=2.0, bridge=ONE_SHOT, pairs=True),
     cv.Unconditional(),
 )
+# Bridges that others make, and what guidance stands on
+MADE = (
+    cv.Text(time=1.0, null_rate=0.2),
+    cv.Latent(null_rate=0.2),
+    cv.CycleText(maker=cv.Maker("teacher", guidance=2.0), bridge=cv.LatentBridge(steps=2)),
+    cv.CycleLatent(maker=cv.Maker("evaluated"), bridge=cv.TextBridge("unmask", steps=2)),
+    cv.Sleep(maker=cv.Maker(guidance=1.5)),
+)
 
 
 def of(*terms, **options):

@@ -33,16 +33,21 @@ def any_term(rng):
     policies = ["stop_gradient", "full", "alternating", cv.GradientPolicy(freeze=("nope.*",))]
     prior = rng.choice(["mmd", "moment", "sigreg", "learned", "ddvi"])
     options = {"mean": torch.zeros(rng.choice([3, 4]))} if prior == "moment" else {}
-    texts = rng.choice(["categorical", "soft", "rloo", "argmax"])
+    by = rng.choice(["live", "live", "live", "teacher", "evaluated"])
+    maker = cv.Maker(by, rng.choice([1, 1, 1, 1, 2.0]))
+    rate, texts = rng.choice([0, 0, 0.3]), rng.choice(["categorical", "soft", "rloo", "argmax"])
+    made = {"maker": maker, "pairs": pairs}
     kind = rng.choice(
         [
-            lambda: cv.Text(time=times(rng), fraction=fraction),
-            lambda: cv.Latent(time=times(rng), space=rng.choice([None, "x0", "v", "epsilon"])),
-            lambda: cv.CycleText(time=times(rng), policy=rng.choice(policies), pairs=pairs),
-            lambda: cv.CycleLatent(bridge=texts, policy=rng.choice(policies[:3]), pairs=pairs),
+            lambda: cv.Text(time=times(rng), fraction=fraction, null_rate=rate),
+            lambda: cv.Latent(
+                time=times(rng), space=rng.choice([None, "x0", "v", "epsilon"]), null_rate=rate
+            ),
+            lambda: cv.CycleText(time=times(rng), policy=rng.choice(policies), **made),
+            lambda: cv.CycleLatent(bridge=texts, policy=rng.choice(policies[:3]), **made),
             lambda: cv.Unconditional(),
             lambda: cv.TextMarginal(bridge=rng.choice(["soft", "argmax"]), pairs=pairs),
-            lambda: cv.Sleep(pairs=pairs),
+            lambda: cv.Sleep(**made),
             lambda: cv.Prior(prior, fraction=fraction, bridge=bridge, time=times(rng), **options),
             lambda: cv.Contrastive(fraction=fraction, bridge=bridge, time=times(rng)),
         ]

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import cyclevae as cv
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import FROZEN, RECIPES, every_term, recipe
-from running import of
+from running import MADE, of
 from test_own_term import BESIDE, RHYME
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -92,6 +92,7 @@ SIZES = [
 # Each kind of backward: of attention, of an estimator, through several passes, of a statistic
 DIFFERENTIATED = ("recommended", "default", "rloo bridge", "three steps, full", "mmd", "learned")
 MANY = 8
+MADE_BY_OTHERS = of(MADE[1], cv.CycleText(maker=cv.Maker("evaluated", guidance=2.0)))
 
 
 def step_of(objective):
@@ -116,7 +117,9 @@ def together():
             yield replace(objective, terms=terms[first : first + MANY])
 
 
-@pytest.mark.parametrize("objective", list(together()), ids=lambda o: ", ".join(o.weights(3)))
+@pytest.mark.parametrize(
+    "objective", [*together(), MADE_BY_OTHERS], ids=lambda o: ", ".join(o.weights(3))
+)
 def test_every_term_compiles_to_one_graph_and_once_more_for_every_other_size(objective):
     """Step 3 of each kind: the second size makes sizes symbolic."""
     module = step_of(objective)

@@ -27,8 +27,9 @@ OPENING = cv.PolicySchedule(
 NORM = {"form": "norm", "mean": torch.arange(4.0), "covariance": torch.eye(4) * 2}
 # Every term, with no option at its default
 EVERYTHING = of(
-    cv.Text(weight=2.0, cap=100.0, every=1, fraction=0.5, time=TIMES),
+    cv.Text(weight=2.0, cap=100.0, every=1, fraction=0.5, time=TIMES, null_rate=0.2),
     cv.Latent(cap=50.0, time=TIMES, distance="cosine", space="x0", min_snr=5.0, every=3),
+    cv.Latent(name="latent_3", null_rate=0.1),
     cv.Unconditional(
         weight=cv.ramp(1.0, 2),
         latent_time=0.5,
@@ -45,10 +46,12 @@ EVERYTHING = of(
         policy=cv.GradientPolicy("full", ("word.*",), ("shared.*",)),
         pairs=True,
     ),
+    cv.CycleText(name="cycle_text_2", maker=cv.Maker("teacher", guidance=2.0)),
+    cv.CycleLatent(name="cycle_latent_2", maker=cv.Maker("evaluated"), bridge="argmax"),
     cv.Prior("moment", weight=cv.ramp(0.1, 5), pool=True, bridge=BRIDGE, through="full", **NORM),
     cv.Prior("mmd", name="prior_2", time=TIMES, scales=(0.5, 1.0), kernel="imq", standardize=True),
     cv.Prior("learned", name="prior_3", samples=2, weight=0.5),
-    cv.Sleep(weight=0.2, pairs=True),
+    cv.Sleep(weight=0.2, pairs=True, maker=cv.Maker(guidance=1.5)),
     cv.Contrastive(temperature=0.2, critic="euclidean", bridge=BRIDGE, time=MOVING, through="full"),
     cv.TextMarginal(bridge="soft", freeze=("word.*",), pairs=True),
     cv.Latent(name="latent_2", time=TIMES, weighting=cv.LogitNormal(mean=0.5, std=2.0)),
@@ -80,7 +83,7 @@ def test_everything_survives_json():
     again = read(config)
     assert again == EVERYTHING and again.to_config() == config == CONFIG
     assert again.terms == EVERYTHING.terms and hash(again) == hash(EVERYTHING)
-    assert torch.equal(again.terms[5].options["covariance"], torch.eye(4) * 2)
+    assert torch.equal(again.terms[8].options["covariance"], torch.eye(4) * 2)
     for step in (0, 6):
         losses = []
         for objective in (EVERYTHING, again):
@@ -371,12 +374,13 @@ COMMON = {
     "name": {NAME},
 }
 TAKES = {
-    "text": {"time": TIME},
+    "text": {"time": TIME, "null_rate": {NUMBER}},
     "latent": {
         "time": TIME,
         "distance": {NAME},
         "space": {NAME, NONE},
         "min_snr": {NUMBER, NONE},
+        "null_rate": {NUMBER},
         "weighting": {MAPPING, NONE},
     },
     "unconditional": {
@@ -387,6 +391,7 @@ TAKES = {
     "cycle_text": {
         "bridge": {MAPPING},
         "time": TIME,
+        "maker": {MAPPING},
         "policy": {NAME, MAPPING},
         "pairs": {BOOL},
     },
@@ -395,6 +400,7 @@ TAKES = {
         "time": TIME,
         "show_latent": {BOOL},
         "distance": {NAME},
+        "maker": {MAPPING},
         "policy": {NAME, MAPPING},
         "pairs": {BOOL},
     },
@@ -409,7 +415,7 @@ TAKES = {
         "variance": {NUMBER, LIST},
         "covariance": {LIST, NONE},
     },
-    "sleep": {"pairs": {BOOL}},
+    "sleep": {"maker": {MAPPING}, "pairs": {BOOL}},
     "contrastive": {
         "temperature": {NUMBER},
         "critic": {NAME},

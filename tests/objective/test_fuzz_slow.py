@@ -45,6 +45,7 @@ POLICIES = [
     *(cv.GradientPolicy("last", ("shared",)), cv.GradientPolicy("detach", ("encoder_only",))),
     cv.GradientPolicy("full", (), ("decoder_only", "shared.*")),
 ]
+MAKERS = [cv.Maker(), cv.Maker(), cv.Maker("teacher"), cv.Maker("evaluated", guidance=1.5)]
 YES = [False, True]
 COMMON = {
     "weight": WEIGHTS,
@@ -53,12 +54,13 @@ COMMON = {
     "fraction": [1.0, 1.0, 0.5, 0.01],
 }
 OPTIONS = {
-    cv.Text: {"time": TIMES},
+    cv.Text: {"time": TIMES, "null_rate": [0.0, 0.2]},
     cv.Latent: {
         "time": TIMES,
         "distance": ["mse", "cosine", "normalized_mse"],
         "space": [None, "x0", "epsilon", "v", "velocity"],
         "min_snr": [None, None, 5.0],
+        "null_rate": [0.0, 0.2],
         "weighting": [None, None, cv.LogitNormal()],
     },
     cv.Unconditional: {
@@ -70,6 +72,7 @@ OPTIONS = {
         "bridge": GUARDED,
         "time": TIMES,
         "policy": [*POLICIES, "decoder_isolated"],
+        "maker": MAKERS,
         "pairs": YES,
     },
     cv.CycleLatent: {
@@ -78,6 +81,7 @@ OPTIONS = {
         "show_latent": YES,
         "distance": ["mse", "cosine", "normalized_mse"],
         "policy": [*POLICIES, "encoder_isolated"],
+        "maker": MAKERS,
         "pairs": YES,
     },
     cv.Prior: {
@@ -89,7 +93,7 @@ OPTIONS = {
         "variance": [None, 1.0, 2.0],
         "standardize": [None] * 5 + [True],
     },
-    cv.Sleep: {"pairs": YES},
+    cv.Sleep: {"pairs": YES, "maker": MAKERS},
     cv.Contrastive: {
         "temperature": [0.1, 1.0],
         "critic": ["cosine", "euclidean"],

@@ -7,7 +7,7 @@ import cyclevae as cv
 from counters import HostSyncs
 from cyclevae.testing import toy_batch, toy_denoiser
 from recipes import RECIPES, recipe
-from running import LATENT, TEXT, of
+from running import LATENT, MADE, TEXT, of
 from test_own_term import BESIDE, RHYME
 
 META = torch.device("meta")
@@ -16,6 +16,7 @@ META = torch.device("meta")
 OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
     "recommended": cv.CycleObjective(TEXT, LATENT),
     "a term of one's own": of(*BESIDE, RHYME),
+    "made by others": of(*MADE),
 }
 
 

@@ -31,6 +31,8 @@ CYCLES = ("cycle_text", "cycle_latent")
 FROZEN = cv.GradientPolicy("full", ("word.*",), ("shared.*",))
 TWO, UNIFORM = cv.LatentBridge(steps=2), cv.TimePolicy("uniform", high=0.9)
 
+MAKERS = [cv.Maker(), cv.Maker("evaluated"), cv.Maker("teacher"), cv.Maker("teacher", 2.0)]
+
 # Objectives of any terms, some of them twice
 
 RELAXED = {
@@ -38,9 +40,10 @@ RELAXED = {
     "policy": ["full", FROZEN],
 }
 OPTIONS = {
-    cv.Text: [{"time": [1.0, 0.5, UNIFORM]}],
+    cv.Text: [{"time": [1.0, 0.5, UNIFORM], "null_rate": [0.0, 0.3]}],
     cv.Latent: [
         {"time": [1.0, 0.5, UNIFORM], "distance": ["mse", "cosine"], "space": [None, "x0"]}
+        | {"null_rate": [0.0, 0.3]}
     ],
     cv.Unconditional: [{"null_text_rate": [None, 0.3], "latent_time": [None, 0.5, UNIFORM]}],
     cv.CycleText: [
@@ -49,12 +52,14 @@ OPTIONS = {
             "time": [1.0, UNIFORM],
             "policy": ["stop_gradient", "decoder_isolated", "full", "alternating", FROZEN],
             "pairs": [False, True],
-        }
+        },
+        {"bridge": [ONE_SHOT, TWO], "maker": MAKERS, "pairs": [False, True]},
     ],
     cv.CycleLatent: [
         {"pairs": [False, True], "time": [1.0, UNIFORM], "show_latent": [False, True], **bridges}
         for bridges in (
-            {"bridge": ["argmax", cv.TextBridge("unmask", steps=3)], "policy": ["stop_gradient"]},
+            {"bridge": ["argmax", cv.TextBridge("unmask", steps=3)], "policy": ["stop_gradient"]}
+            | {"maker": MAKERS},
             RELAXED,
             {"bridge": [cv.TextBridge("rloo", marginal_weight=0.1)], "policy": ["alternating"]},
         )
@@ -67,7 +72,7 @@ OPTIONS = {
             "through": ["last", "full"],
         }
     ],
-    cv.Sleep: [{"pairs": [False, True]}],
+    cv.Sleep: [{"pairs": [False, True], "maker": MAKERS}],
     cv.Contrastive: [{"bridge": [ONE_SHOT, TWO], "through": ["last", "full"]}],
     cv.TextMarginal: [
         {"bridge": ["gumbel", "soft"], "freeze": [(), ("shared.*",)], "pairs": [False, True]}
@@ -92,9 +97,14 @@ some_terms = st.lists(
 
 def made(told, *, join_passes=False):
     """The objective of what was drawn, with a name for each term."""
-    terms = [kind(**options, name=f"{kind.kind()}_{i}") for i, (kind, options) in enumerate(told)]
+    terms = []
+    for i, (kind, options) in enumerate(told):
+        rest = {"null_rate": 0.0} if "null_rate" in options and not options["weight"] else {}
+        terms.append(kind(**{**options, **rest}, name=f"{kind.kind()}_{i}"))
     weights = [1.0] if not any(term.weight for term in terms) else []
     terms[:1] = [replace(terms[0], weight=weight) for weight in weights] or terms[:1]
+    guided = any(getattr(term, "maker", cv.Maker()).guidance != 1 for term in terms)
+    terms += [cv.Text(null_rate=0.2), cv.Latent(null_rate=0.2)] if guided else []
     try:
         return of(*terms, join_passes=join_passes)
     except ValueError as error:
@@ -112,7 +122,11 @@ def test_the_announced_passes_are_those_that_run(told, step, join_passes):
     asked = [request for term in ran for request in term.passes(step)]
     assert len(model.calls) + len(judge.calls) == objective.passes(step)
     assert objective.passes(step) == objective.plan(step).number <= sum(r.number for r in asked)
-    assert len(judge.calls) == sum(term.reads_teacher() for term in ran)
+    plan = objective.plan(step)
+    own = [r.number for r in asked if isinstance(r, cv.Own) and "teacher" in r.does]
+    others = [r.number for r in plan.shared if r.maker.by == "teacher"]
+    assert len(judge.calls) == sum(own) + sum(others)
+    assert bool(judge.calls) == any(term.reads_teacher() for term in ran)
     # a line for each pass, by term
     _, *lines = objective.describe(step).splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == [term.name for term in ran]

@@ -9,7 +9,8 @@ import cyclevae as cv
 from cyclevae.processes.times import stratified_times
 from cyclevae.testing import check_ranks, join_batches, toy_batch
 from cyclevae.testing._draws import SameDraws
-from rank_cases import PARTS, TERMS, Dropping, Forgetful, Noisy, Normalised, batch, makes
+from rank_cases import PARTS, TERMS, Dropping, Forgetful, Noisy, Normalised, batch, makes, network
+from running import LATENT, MADE, TEXT
 
 STEPS = [part for batches in PARTS for part in batches]
 every_term = pytest.mark.parametrize("term", TERMS)
@@ -18,6 +19,15 @@ every_term = pytest.mark.parametrize("term", TERMS)
 @every_term
 def test_accumulation_leaves_the_gradient_of_a_term_alone(term):
     check_ranks(makes(**TERMS[term]), [STEPS], tolerance=1e-10)
+
+
+def made_by_others():
+    objective = cv.CycleObjective(TEXT, LATENT, MADE)
+    return cv.StepModule(cv.as_denoiser(network()), objective, cv.Teacher(network()))
+
+
+def test_makers_and_null_rows_leave_the_gradient_alone_on_ranks_that_accumulate():
+    check_ranks(made_by_others, PARTS)
 
 
 @every_term

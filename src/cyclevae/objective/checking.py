@@ -8,9 +8,9 @@ from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.model.direction import check_predicts
 from cyclevae.model.wrappers import refuse_unused
 from cyclevae.objective.plan import Plan, Planned, learners, make_plan
-from cyclevae.objective.requests import Decode, Own
+from cyclevae.objective.requests import Decode, Encode, Own
 from cyclevae.objective.rows import Arranged
-from cyclevae.objective.step import Step
+from cyclevae.objective.step import Setting, Step
 from cyclevae.objective.term import Term
 from cyclevae.processes.schedules import Turn
 from cyclevae.scale.non_finite import NonFinite
@@ -53,6 +53,30 @@ def check_learners(terms: tuple[Term, ...]) -> None:
             )
 
 
+def check_guidance(terms: tuple[Term, ...], setting: Setting) -> None:
+    """Refuse guidance away from a state that no term trains."""
+    trained = {
+        condition
+        for term in terms
+        if callable(term.weight) or term.weight > 0
+        for condition in term.trains_null(setting)
+    }
+    for term in terms:
+        for request in [r for step in _turns(terms) for r in term.passes(step)]:
+            if isinstance(request, Own) or request.maker.guidance == 1:
+                continue
+            condition, base, more = "latent", "decoder", ""
+            if isinstance(request, Encode):
+                condition, base = "text", "encoder"
+                more = ", or the unconditional mode a `null_text_rate`"
+            if condition not in trained:
+                raise ValueError(
+                    f"`{term.name}` guides its bridge (maker={request.maker!r}) away from what the "
+                    f"network says without a {condition}, which no term trains: give the base "
+                    f"{base} loss null_rate=0.1{more}, or leave guidance at 1"
+                )
+
+
 def check_joining(terms: tuple[Term, ...], non_finite: NonFinite | None) -> None:
     """Refuse to join passes of terms that must be told apart, or where none ever join."""
     if non_finite == "zero":
@@ -85,6 +109,10 @@ def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
     for term in terms:  # also those that rest
         for request in term.passes(step.number):
             check_patterns(step.denoiser, request.freeze)
+    for name, _, requests in step.plan.terms:
+        for request in requests:
+            if not isinstance(request, Own) and request.maker.by == "teacher":
+                step.need_teacher(f"the maker of the bridge of `{name}`")
     # the last pass of several must reach every parameter, or asks too much of DDP
     if step.plan.number > 1 and step.plan.last().roles != ROLES:
         refuse_unused(step.denoiser)

@@ -14,7 +14,13 @@ from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.objective.arrange import arrange
 from cyclevae.objective.batch import Batch
-from cyclevae.objective.checking import check_joining, check_learners, check_step, check_terms
+from cyclevae.objective.checking import (
+    check_guidance,
+    check_joining,
+    check_learners,
+    check_step,
+    check_terms,
+)
 from cyclevae.objective.config import dump_objective, load_objective
 from cyclevae.objective.output import StepOutput
 from cyclevae.objective.plan import Plan, Planned, describe, make_plan
@@ -96,6 +102,7 @@ class CycleObjective:
             except ValueError as error:
                 raise ValueError(f"`terms`: {term.name}: {error}") from error
         check_learners(terms)
+        check_guidance(terms, self.setting)
         if self.join_passes:
             check_joining(terms, self.non_finite)
 
@@ -106,6 +113,7 @@ class CycleObjective:
             self.text_process,
             self.latent_process,
             any(term.reads_teacher() for term in self._terms()),
+            any(term.reads_null_text() for term in self._terms()),
             self.seed,
         )
 

@@ -113,7 +113,10 @@ def describe(plan: Plan) -> str:
         for i, request in enumerate(requests):
             name = ("", "") if i else (term, f"{weight:g}")
             frozen = request.freeze if request.learns else ()
-            lines.append((*name, request.does, _who_learns(request), ", ".join(frozen) or "-"))
+            does = request.does
+            if not isinstance(request, Own):
+                does = request.maker.does(does)
+            lines.append((*name, does, _who_learns(request), ", ".join(frozen) or "-"))
     return table(lines, left=True)
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 from cyclevae._base.types import Number
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge
 from cyclevae.gradient_policy.roles import ROLES
+from cyclevae.model.maker import LIVE, Maker
 from cyclevae.objective.rows import Share
 from cyclevae.processes.times import TimePolicy
 
@@ -26,15 +27,29 @@ class Shared:
         rows: over which rows.
         through: who learns: `detach` nobody, `full` whoever takes part; `last` is of `Encode`.
         freeze: patterns of the parameters that get no gradient from it: see `freeze`.
+        maker: whose pass it is; that of the network as it trains if not given.
+
+    Raises:
+        ValueError: another maker, through whom somebody would learn.
     """
 
     rows: Share
     through: Through = "full"
     freeze: tuple[str, ...] = ()
+    maker: Maker = None  # type: ignore[assignment] # dynamo takes no object as a default
+
+    def __post_init__(self) -> None:
+        if self.maker is None:
+            object.__setattr__(self, "maker", LIVE)
+        elif self.maker != LIVE and self.through != "detach":
+            raise ValueError(
+                f"`maker` is another than the network as it trains, and through={self.through!r} "
+                "would have somebody learn from its pass: use through='detach'"
+            )
 
     def same_computation(self, other: "Shared") -> bool:
         """Whether both compute the same, whoever learns from it."""
-        return type(self) is type(other)
+        return type(self) is type(other) and self.maker == other.maker
 
     def may_read(self, other: "Shared") -> bool:
         """Whether the pass that `other` asks for gives what this one asks for."""
@@ -55,7 +70,7 @@ class Shared:
     @property
     def number(self) -> int:
         """How many passes of the denoiser it takes."""
-        return 1
+        return self.maker.passes
 
     @property
     def learns(self) -> bool:
@@ -65,7 +80,7 @@ class Shared:
     @property
     def joins(self) -> bool:
         """Whether it may run in one pass with one of the other direction."""
-        return self.through == "full" and not self.freeze
+        return self.through == "full" and not self.freeze and self.maker == LIVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +122,7 @@ class Encode(Shared):
     direction: ClassVar[Literal["texts", "latents"]] = "texts"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bridge is None:
             object.__setattr__(self, "bridge", ONE_SHOT)
 
@@ -114,6 +130,7 @@ class Encode(Shared):
         """Whether both compute the same; guards do not matter that act on the outcome alone."""
         return (
             isinstance(other, Encode)
+            and super().same_computation(other)
             and self.time == other.time
             and self.bridge.on_the_way == other.bridge.on_the_way
         )
@@ -121,17 +138,18 @@ class Encode(Shared):
     @property
     def gradient(self) -> Through:
         """`through`, where the last of one pass is all of them."""
-        return "full" if self.through == "last" and self.number == 1 else self.through
+        return "full" if self.through == "last" and self.bridge.steps == 1 else self.through
 
     @property
     def number(self) -> int:
         """How many passes of the denoiser it takes."""
-        return self.bridge.steps
+        return self.bridge.steps * self.maker.passes
 
     @property
     def joins(self) -> bool:
         """Whether it may run in one pass with one of the other direction."""
-        return self.gradient == "full" and not self.freeze and self.number == self.time == 1
+        live = self.gradient == "full" and not self.freeze and self.maker == LIVE
+        return live and self.bridge.steps == self.time == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cyclevae._base.types import AnyTokens, Count, Latents, Logits, Mask, Number, Time
+from cyclevae._base.types import AnyTokens, Count, Latents, Logits, Mask, Number, Rows, Time
 from cyclevae.bridges.latent import encode_text
 from cyclevae.bridges.text import TextBridge, pseudo_text
 from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.model.denoiser import Denoiser
+from cyclevae.model.guidance import without_condition
+from cyclevae.model.maker import Maker
 from cyclevae.model.passes import T2L, l2t, l2t_and_t2l, t2l
 from cyclevae.objective.plan import Plan
 from cyclevae.objective.requests import Decode, Encode
 from cyclevae.objective.rows import Arranged, Texts, pick_rows
 from cyclevae.objective.statistics import mean_norm, moments
+from cyclevae.priors.learned import check_frozen
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
-from cyclevae.processes.times import TimePolicy, refuse_clean
+from cyclevae.processes.times import TimePolicy, refuse_clean, stratified_times
 from cyclevae.scale.non_finite import Verdict
 
 
@@ -39,12 +42,14 @@ class Setting(NamedTuple):
         text_process: the text process.
         latent_process: the latent process.
         reads_teacher: whether some term reads a frozen copy of the network.
+        reads_null_text: whether some term reads a network without a text.
         seed: of draws that ranks must share.
     """
 
     text_process: TextProcess
     latent_process: LatentProcess
     reads_teacher: bool
+    reads_null_text: bool
     seed: int
 
 
@@ -190,6 +195,36 @@ class Step(NamedTuple):
             generator=self.generator,
         )
 
+    def need_teacher(self, reader: str) -> None:
+        """An error where a reader lacks its teacher, or that is none."""
+        if self.teacher is None:
+            raise ValueError(
+                f"{reader} reads a frozen copy of the network, and none was given: make one by "
+                "`teacher = Teacher(network)`, give it to StepModule, or its `.denoiser` to the "
+                "objective, and call teacher.update(network) after each optimizer step"
+            )
+        check_frozen(self.teacher)
+
+    def made_by(self, maker: Maker) -> Denoiser:
+        """The denoiser that makes a bridge."""
+        return maker.denoiser(
+            self.denoiser, self.teacher, **self.processes, generator=self.generator
+        )
+
+    def null_rows(self, rate: Number, like: Tensor) -> Rows | None:
+        """Which rows of a base loss go without their condition; None where all have it."""
+        if rate == 0:
+            return None
+        return stratified_times(len(like), device=like.device, generator=self.generator) <= rate
+
+    def without_condition(self, rows: Rows | None) -> Denoiser:
+        """The denoiser, which in some rows is not shown its condition."""
+        if rows is None:
+            return self.denoiser
+        return without_condition(
+            self.denoiser, **self.processes, rows=rows, generator=self.generator
+        )
+
     def common_generator(self, like: Tensor) -> torch.Generator:
         """Draws that are the same on every rank."""
         return torch.Generator(like.device).manual_seed(self.setting.seed + self.number)
@@ -213,10 +248,13 @@ class Step(NamedTuple):
             if self.plan.joined and self.plan.shared[place].joins:
                 self._run_joined()
             else:
+                request = self.plan.shared[place]
                 latents, mask = self._to_decode(place)
                 with self._policy(place).bridge_pass(self.denoiser):
-                    logits = l2t(self.denoiser, latents, mask, text_process=self.text_process)
-                if self.plan.shared[place].freeze:
+                    logits = l2t(
+                        self.made_by(request.maker), latents, mask, text_process=self.text_process
+                    )
+                if request.freeze:
                     refuse_reentrant([logits])
                 self.ran.passes[place] = Decoded(latents, mask, logits)
         decoded: Decoded = self.ran.passes[place]
@@ -246,10 +284,10 @@ class Step(NamedTuple):
 
     def _encode(self, place: int, request: Encode) -> T2L | Latents:
         noise, time = self._start(request)
-        texts = self.texts(request)
-        if request.number > 1:
+        texts, maker = self.texts(request), self.made_by(request.maker)
+        if request.bridge.steps > 1:
             return encode_text(
-                self.denoiser,
+                maker,
                 *texts,
                 **self.processes,
                 bridge=request.bridge.on_the_way,
@@ -258,9 +296,7 @@ class Step(NamedTuple):
                 policy=self._policy(place),
             )
         with self._policy(place).bridge_pass(self.denoiser):
-            encoded = t2l(
-                self.denoiser, *texts, **self.processes, start="noise", time=time, noise=noise
-            )
+            encoded = t2l(maker, *texts, **self.processes, start="noise", time=time, noise=noise)
         if request.freeze:
             refuse_reentrant([encoded.prediction], bridge=noise)
         return encoded
@@ -300,7 +336,7 @@ class Step(NamedTuple):
             if at == place and bridge == request.bridge:
                 return z_hat
         ran = self._encoded(place)
-        if request.number > 1:
+        if request.bridge.steps > 1:
             z_hat = request.bridge.normed(ran)
         else:
             z_hat = request.bridge.read(ran, self.latent_process)

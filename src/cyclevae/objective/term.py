@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.types import Count, Number, Rows, Scalar, Schedule
-from cyclevae.objective.requests import Request
+from cyclevae.objective.requests import Decode, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step
 from cyclevae.processes.schedules import Ramp, Turn
@@ -122,8 +122,19 @@ class Term:
         """Refuse, before any pass, a step that could not run to its end."""
 
     def reads_teacher(self) -> bool:
-        """Whether it needs a frozen copy of the network."""
-        return False
+        """Whether it needs a frozen copy of the network, such as makes its bridge."""
+        return any(request.maker.by == "teacher" for request in self._shared())
+
+    def reads_null_text(self) -> bool:
+        """Whether it reads a network without a text, which some term had better train."""
+        return any(
+            isinstance(request, Encode) and request.maker.guidance != 1
+            for request in self._shared()
+        )
+
+    def trains_null(self, setting: Setting) -> tuple[str, ...]:
+        """Without which conditions it trains some rows, of `text` and `latent`."""
+        return ()
 
     def depends_on_split(self, *, accumulates: bool) -> str | None:
         """Why its gradient depends on how rows are split over ranks or accumulation steps.
@@ -151,6 +162,9 @@ class Term:
         if not torch.compiler.is_compiling():  # there it is symbolic, as the step is
             checks.check_nonnegative(f"{self.name}.weight({step})", weight)
         return weight
+
+    def _shared(self) -> list[Decode | Encode]:
+        return [request for request in self.passes(0) if not isinstance(request, Own)]
 
     def metric(self, part: str = "") -> str:
         """The name of a loss among the metrics."""
@@ -193,6 +207,27 @@ class UnpairedTerm(Term):
         """The same, all of them if all are there: what a count counts."""
         texts, latents = rows.to_cycle(self.pairs).present()
         return rows.pick(texts if direction == "text" else latents, self.rows)
+
+
+def check_null_rate(term: Any) -> None:
+    """Refuse a share of rows without their condition that leaves none, or that nothing trains."""
+    rate = term.null_rate
+    checks.check_share("null_rate", rate)
+    if rate == 1:
+        raise ValueError(
+            "`null_rate` = 1 shows no row its condition, so that the term trains no direction: "
+            "0.1 is usual"
+        )
+    if rate and term.weight == 0:
+        raise ValueError(
+            f"`null_rate` = {rate!r} has nothing to act on in a term that weighs 0: give it a "
+            "weight, or leave it out"
+        )
+
+
+def with_nulls(does: str, rate: Number) -> str:
+    """What a base pass does, some rows of which go without their condition."""
+    return f"{does}, {rate:.0%} without" if rate else does
 
 
 def same(a: Any, b: Any) -> bool:

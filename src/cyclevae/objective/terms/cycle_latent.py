@@ -18,6 +18,7 @@ from cyclevae.gradient_policy.presets import (
 )
 from cyclevae.losses.cycle_latent import cycle_latent_loss
 from cyclevae.losses.latent import AnyDistance, check_distance, errors_per_row
+from cyclevae.model.maker import LIVE, Maker, check_maker
 from cyclevae.objective.requests import DECODER, ENCODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Setting, Step, highest
@@ -35,6 +36,7 @@ class CycleLatent(UnpairedTerm):
         bridge: what text crosses: a `TextBridge`, its name, or a function. In steps of a
             `PolicySchedule` in which nobody learns through it, ids of the same law do.
         time: at which the encoder starts, a number or a `TimePolicy`.
+        maker: whose decoder writes the text: see `Maker`.
         show_latent: let the encoder see the noised true latent.
         distance: see `latent_loss`.
         policy: who learns: a `GradientPolicy`, a `PolicySchedule` or `stop_gradient`,
@@ -42,8 +44,8 @@ class CycleLatent(UnpairedTerm):
         pairs: run on the latents of pairs too, else only on those without a partner.
 
     Raises:
-        ValueError: an option out of range, a policy that the bridge cannot follow; with its
-            process, an epsilon prediction that would be ill-conditioned.
+        ValueError: an option out of range, a policy that the bridge or the maker cannot follow;
+            with its process, an epsilon prediction that would be ill-conditioned.
 
     Examples:
         >>> [request.does for request in CycleLatent().passes(0)]
@@ -54,6 +56,7 @@ class CycleLatent(UnpairedTerm):
     time: Number | TimePolicy = 1.0
     show_latent: bool = False
     distance: AnyDistance = "mse"
+    maker: Maker = LIVE
     policy: AnyPolicy = "stop_gradient"
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -76,6 +79,7 @@ class CycleLatent(UnpairedTerm):
         checks.check_type("show_latent", self.show_latent, bool)
         policy = named_policy("policy", self.policy, LATENT_POLICIES)
         object.__setattr__(self, "policy", policy)
+        check_maker(self.maker, policy)
         bridge = TextBridge.of(self.bridge)
         if isinstance(policy, PolicySchedule):
             for each in all_policies(policy):
@@ -92,7 +96,12 @@ class CycleLatent(UnpairedTerm):
     def decodes(self, step: int) -> Decode:
         """The pass that writes a text."""
         policy = policy_at(self.policy, step)
-        return Decode(rows=self.rows, through=policy.bridge, freeze=policy.freeze_bridge)
+        return Decode(
+            rows=self.rows,
+            through=policy.bridge,
+            freeze=policy.freeze_bridge,
+            maker=self.maker,
+        )
 
     def passes(self, step: int) -> tuple[Request, ...]:
         """The decoder writes a text, and the encoder reads it."""
@@ -101,7 +110,7 @@ class CycleLatent(UnpairedTerm):
         more, judges = (
             Own(does=does, roles=DECODER, learns=False, number=number)
             for does, number in (
-                ("L2T writes on", bridge.steps - 1),
+                (self.maker.does("L2T writes on"), (bridge.steps - 1) * self.maker.passes),
                 ("L2T judges y_hat", bridge.texts if bridge.marginal_weight else 0),
             )
         )
@@ -126,6 +135,7 @@ class CycleLatent(UnpairedTerm):
         asked, bridge = self.decodes(step.number), self.bridge_at(step.number)
         decoded = step.decoded(asked)
         time = step.time(self.time, decoded.latents)
+        writes_on = self.maker != LIVE and not bridge.reads_logits_alone
         error = cycle_latent_loss(
             step.denoiser,
             decoded.latents,
@@ -134,6 +144,7 @@ class CycleLatent(UnpairedTerm):
             y_hat=step.pseudo_text(asked, bridge) if bridge.reads_logits_alone else None,
             logits=None if bridge.reads_logits_alone else decoded.logits,
             bridge=bridge,
+            maker=step.made_by(self.maker) if writes_on else None,
             show_latent=self.show_latent,
             time=time,
             generator=step.generator,

@@ -15,6 +15,7 @@ from cyclevae.gradient_policy.presets import (
     policy_at,
 )
 from cyclevae.losses.cycle_text import cycle_text_loss
+from cyclevae.model.maker import LIVE, Maker, check_maker
 from cyclevae.objective.requests import DECODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Setting, Step, highest
@@ -31,13 +32,14 @@ class CycleText(UnpairedTerm):
     Attributes:
         bridge: how the encoder makes the latent, and what noise crosses with it.
         time: at which the encoder starts from noise, a number or a `TimePolicy`.
+        maker: whose encoder makes the latent: see `Maker`.
         policy: who learns: a `GradientPolicy`, a `PolicySchedule` or `stop_gradient`,
             `decoder_isolated`, `full` or `alternating`.
         pairs: run on the texts of pairs too, else only on those without a partner.
 
     Raises:
-        ValueError: an option out of range; with its process, an epsilon bridge that would be
-            ill-conditioned.
+        ValueError: an option out of range, a maker whose bridge is to teach; with its process, an
+            epsilon bridge that would be ill-conditioned.
 
     Examples:
         >>> [request.does for request in CycleText().passes(0)]
@@ -47,6 +49,7 @@ class CycleText(UnpairedTerm):
     weight: Weight = 4.0
     bridge: LatentBridge = NOISED
     time: Number | TimePolicy = 1.0
+    maker: Maker = LIVE
     policy: AnyPolicy = "stop_gradient"
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -66,6 +69,7 @@ class CycleText(UnpairedTerm):
         checks.check_type("bridge", self.bridge, LatentBridge)
         policy = named_policy("policy", self.policy, TEXT_POLICIES)
         object.__setattr__(self, "policy", policy)
+        check_maker(self.maker, policy)
 
     def encodes(self, step: int) -> Encode:
         """The pass that makes a latent."""
@@ -76,6 +80,7 @@ class CycleText(UnpairedTerm):
             time=self.time,
             through=policy.bridge,
             freeze=policy.freeze_bridge,
+            maker=self.maker,
         )
 
     def passes(self, step: int) -> tuple[Request, ...]:

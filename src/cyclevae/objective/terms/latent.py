@@ -17,10 +17,11 @@ from cyclevae.losses.latent import (
     row_weights,
     t2l_loss,
 )
+from cyclevae.model.passes import t2l
 from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step, between, highest
-from cyclevae.objective.term import Term, Weight
+from cyclevae.objective.term import Term, Weight, check_null_rate, with_nulls
 from cyclevae.processes.times import LatentWeighting, TimePolicy, check_time
 
 
@@ -38,10 +39,13 @@ class Latent(Term):
         space: in which predictions are compared; the model's own if None.
         min_snr: a cap of the signal-to-noise ratio: see `min_snr_weight`.
         weighting: a weight by the time instead, `LogitNormal(...)` or a function: see `t2l_loss`.
+        null_rate: the share of rows that are not shown their text, on which guidance stands: see
+            `without_condition`. The pass is then shared with none.
 
     Raises:
-        ValueError: an option out of range; with its process, a space into which the prediction
-            cannot be converted at these times, or a weight that takes all from them.
+        ValueError: an option out of range, a `null_rate` of 1, or of a term that weighs 0; with its
+            process, a space into which the prediction cannot be converted at these times, or a
+            weight that takes all from them.
 
     Examples:
         >>> Latent().passes(0)[0].does
@@ -54,6 +58,7 @@ class Latent(Term):
     space: Prediction | None = None
     min_snr: Number | None = None
     weighting: LatentWeighting | None = None
+    null_rate: Number = 0.0
 
     renamed: ClassVar[Mapping[str, str]] = {
         "latent_weight": "weight",
@@ -70,6 +75,7 @@ class Latent(Term):
         if self.space is not None:
             checks.check_choice("space", self.space, get_args(Prediction))
         check_weights(self.min_snr, self.weighting)
+        check_null_rate(self)
 
     @property
     def rows(self) -> Share:
@@ -79,9 +85,13 @@ class Latent(Term):
     def passes(self, step: int) -> tuple[Request, ...]:
         """The encoder's; below full noise it sees the latent, and no bridge may read it."""
         does = "T2L of the text"
-        if self.time == 1:
+        if self.time == 1 and not self.null_rate:
             return (Encode(rows=self.rows, does=does),)
-        return (Own(does=does, roles=ENCODER),)
+        return (Own(does=with_nulls(does, self.null_rate), roles=ENCODER),)
+
+    def trains_null(self, setting: Setting) -> tuple[str, ...]:
+        """Some rows are not shown their text, at a null rate."""
+        return ("text",) if self.null_rate else ()
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
         """Elements of the pairs."""
@@ -123,15 +133,25 @@ class Latent(Term):
             "reduction": "none",
         }
         (asked,) = self.passes(step.number)
-        if isinstance(asked, Encode):
-            encoded = step.encoded(asked)
+        null = step.null_rows(self.null_rate, latents)
+        if self.time == 1:
+            if isinstance(asked, Encode):
+                encoded = step.encoded(asked)
+            else:
+                encoded = t2l(
+                    step.without_condition(null),
+                    *step.rows.need_texts().first(pairs),
+                    **step.processes,
+                    start="noise",
+                    noise=step.noise(latents),
+                )
             # shown no latent: the noise in z_t is what makes it that of these latents
             noise = step.latent_process.noise_in(encoded.z_t, latents, encoded.time)
             error = encoded_loss(encoded._replace(noise=noise), latents, **options)
         else:
             tokens, mask = step.rows.need_texts().first(pairs)
             error = t2l_loss(
-                step.denoiser,
+                step.without_condition(null),
                 tokens,
                 latents,
                 mask,

@@ -19,7 +19,7 @@ from cyclevae.objective.requests import ENCODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged, Share, Texts
 from cyclevae.objective.step import Setting, Step, highest
 from cyclevae.objective.term import Term
-from cyclevae.priors import PRIORS, check_frozen
+from cyclevae.priors import PRIORS
 from cyclevae.processes.times import TimePolicy, check_time
 from cyclevae.scale.pool import number_of_ranks, pool_rows
 
@@ -144,6 +144,10 @@ class Prior(Term):
         """Whether it judges latents by a frozen copy of the network."""
         return "teacher" in self._asks
 
+    def reads_null_text(self) -> bool:
+        """That copy judges without a text."""
+        return self.reads_teacher()
+
     @property
     def encodes(self) -> Encode:
         """The pass that makes latents; a prior that trains the encoder otherwise detaches them."""
@@ -199,14 +203,7 @@ class Prior(Term):
         texts = step.rows.need_texts()
         step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
         if self.reads_teacher():
-            if step.teacher is None:
-                raise ValueError(
-                    f"prior={self.prior!r} reads a frozen copy of the network, and none was given: "
-                    "make one by `teacher = Teacher(network)`, give it to StepModule, or its "
-                    "`.denoiser` to the objective, and call teacher.update(network) after each "
-                    "optimizer step"
-                )
-            check_frozen(step.teacher)
+            step.need_teacher(f"prior={self.prior!r}")
         of_others = self.pool and number_of_ranks() > 1
         if callable(self.prior) or of_others or torch.compiler.is_compiling():
             return

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cyclevae._base import checks
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import Count, Scalar
 from cyclevae.bridges.text import pseudo_text
 from cyclevae.losses.latent import errors_per_row
+from cyclevae.model.maker import LIVE, Maker
 from cyclevae.objective.requests import ENCODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
 from cyclevae.objective.step import Setting, Step
@@ -22,6 +24,7 @@ class Sleep(UnpairedTerm):
     Metrics: `sleep_loss`. The count is of elements.
 
     Attributes:
+        maker: whose decoder dreams: see `Maker`.
         pairs: run on the latents of pairs too, else only on those without a partner.
 
     Examples:
@@ -29,12 +32,18 @@ class Sleep(UnpairedTerm):
         False
     """
 
+    maker: Maker = LIVE
+
     renamed: ClassVar[Mapping[str, str]] = {"sleep_weight": "weight"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_type("maker", self.maker, Maker)
 
     @property
     def dreams(self) -> Decode:
         """The pass that dreams."""
-        return Decode(rows=self.rows, through="detach", does="L2T dreams")
+        return Decode(rows=self.rows, through="detach", maker=self.maker, does="L2T dreams")
 
     def passes(self, step: int) -> tuple[Request, ...]:
         """The decoder dreams, and the encoder reads the dream."""

@@ -33,7 +33,7 @@ class Unconditional(Term):
     Attributes:
         latent_time: of the latents, a number or a `TimePolicy`; stratified uniform if None.
         null_text_rate: the share of pairs whose text is fully masked, the state that the priors
-            `learned` and `ddvi` read; if None, 0.1 beside one of them, else 0.
+            `learned` and `ddvi` and guidance read; if None, 0.1 beside one of them, else 0.
         latent_weighting: of latents by their times, `LogitNormal(...)` or a function: see
             `unconditional_loss`.
 
@@ -92,6 +92,10 @@ class Unconditional(Term):
                 "latent_weighting", self.latent_weighting, self.latent_weighting(times), times
             )
 
+    def trains_null(self, setting: Setting) -> tuple[str, ...]:
+        """Pairs without their text, at a null rate."""
+        return ("text",) if self._null_rate(setting) > 0 else ()
+
     def check_step(self, step: Step) -> None:
         """Texts and latents are needed, paired or not, and times above 0."""
         step.rows.need_texts()
@@ -129,4 +133,4 @@ class Unconditional(Term):
     def _null_rate(self, setting: Setting) -> Number:
         if self.null_text_rate is not None:
             return self.null_text_rate
-        return 0.1 if setting.reads_teacher else 0.0
+        return 0.1 if setting.reads_null_text else 0.0
