@@ -11,6 +11,8 @@ FULL = cv.GradientPolicy("full")
 FROZEN = cv.GradientPolicy("full", freeze=("word.*", "text_head.*"), freeze_bridge=("shared.*",))
 EPSILON = cv.LatentProcess(prediction="epsilon", shape=(4,))
 X0 = cv.LatentProcess("continuous_cosine", prediction="x0", shape=(4,))
+UNIFORM = cv.UniformTextProcess(vocab_size=7, pad_id=0)
+HYBRID = cv.HybridTextProcess(2, 7, pad_id=0, p_uniform=0.2)
 
 EVERY_TERM = {
     "unconditional_weight": 1.0,
@@ -79,6 +81,8 @@ RECIPES = {
     "base losses": only("text", "latent") | {"latent_distance": "cosine", "latent_space": "x0"},
     "min snr": only("latent") | {"min_snr": 5.0, "latent_space": "x0", "base_latent_time": None},
     "no cycle of a pair": {"cycle_pairs": False},
+    "uniform text": only("text", "unconditional", "text_marginal")
+    | {"text_process": UNIFORM, "text_bridge": "gumbel", "latent_policy": FULL},
     "half of the rows": {"cycle_fraction": 0.5, "null_text_rate": 0.2},
 }
 

@@ -67,8 +67,10 @@ from cyclevae.priors import (
 from cyclevae.processes.conversions import convert
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.latent_schedules import EDM, Flow
+from cyclevae.processes.mixed_text import HybridTextProcess, UniformTextProcess
 from cyclevae.processes.schedules import anneal, ramp, take_turns
-from cyclevae.processes.text import TextProcess
+from cyclevae.processes.shares import Shares
+from cyclevae.processes.text import Noised, TextProcess
 from cyclevae.processes.times import LogitNormal, TimePolicy
 from cyclevae.recipes import phases
 from cyclevae.scale.accumulate import two_pass
@@ -92,17 +94,20 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "EncoderDecoder",
     "Flow",
     "GradientPolicy",
+    "HybridTextProcess",
     "Latent",
     "LatentBridge",
     "LatentProcess",
     "LogitNormal",
     "Maker",
+    "Noised",
     "Own",
     "Phases",
     "PolicySchedule",
     "Prior",
     "Roles",
     "Share",
+    "Shares",
     "Sleep",
     "Step",
     "StepModule",
@@ -116,6 +121,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "TimePolicy",
     "Unconditional",
     "UnconditionalLoss",
+    "UniformTextProcess",
     "anneal",
     "argmax_text",
     "as_denoiser",

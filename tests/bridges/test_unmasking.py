@@ -273,3 +273,54 @@ def test_bad_arguments(options, expected):
     with pytest.raises(ValueError, match=expected):
         unmask_text(spy, text_process=PLAIN, **given)
     assert spy.calls == []
+
+
+UNIFORM = cv.UniformTextProcess(vocab_size=7, pad_id=0, start_id=3, end_id=4)
+HYBRID = cv.HybridTextProcess(2, 7, pad_id=0, p_uniform=0.3)
+
+
+@pytest.mark.parametrize("process", [UNIFORM, HYBRID])
+def test_where_noise_is_random_words_they_are_drawn_again(process):
+    """Of each pass the surest words stand, and noise of that time is at the other places."""
+    spy, rows, steps = telling(), 2000, 3
+    z, mask = latents_of(1).expand(rows, -1), torch.arange(6).expand(rows, -1) < 5
+    options = {"text_process": process, "steps": steps}
+    y_hat, again = (
+        unmask_text(spy, z, mask, generator=torch.Generator().manual_seed(0), **options)
+        for _ in range(2)
+    )
+    assert torch.equal(y_hat, again) and len(spy.calls) == 2 * steps
+    places = process.chosen(mask)
+    words = int(places[0].sum())
+    assert (spy.calls[0]["text_time"] == 1).all()
+    for step, (call, after) in enumerate(pairwise(spy.calls[:steps]), start=1):
+        logits = spy.denoiser.denoise(**call).logits
+        drawn = cv.argmax_text(logits, mask, text_process=process)
+        sure = process.forbid(logits).softmax(dim=-1).amax(dim=-1).masked_fill(~places, -1)
+        order = sure.argsort(dim=1, descending=True)
+        due = math.ceil(words * step / steps)
+        stand = torch.zeros_like(mask).scatter(1, order[:, :due], True)
+        assert torch.equal(after["tokens"][stand], drawn[stand])
+        hidden = places & ~stand
+        time = process.time_of(torch.tensor([(words - due) / 5]))
+        torch.testing.assert_close(after["text_time"], time.expand(rows))
+        _, masked, random = process.shares(time)
+        law = random / (masked + random) / process.noise_ids * torch.ones(7)
+        if process.mask_id is not None:
+            law[2] = masked / (masked + random)
+        found = torch.bincount(after["tokens"][hidden], minlength=7)
+        used, law = law > 0, law.double()
+        assert stats.chisquare(found[used], law[used] / law.sum() * found.sum()).pvalue > 1e-3
+    last = spy.denoiser.denoise(**spy.calls[steps - 1]).logits
+    assert torch.equal(y_hat, cv.argmax_text(last, mask, text_process=process))
+    assert not torch.isin(y_hat[places], torch.tensor(process.forbidden_ids)).any()
+
+
+@pytest.mark.parametrize("process", [UNIFORM, HYBRID])
+def test_logits_at_hand_save_the_first_pass_and_its_noise(process):
+    spy, z, mask = telling(), latents_of(2), torch.ones(2, 6, dtype=torch.bool)
+    logits = cv.l2t(spy, z, mask, text_process=process)
+    state = torch.random.get_rng_state()
+    one = unmask_text(spy, z, mask, text_process=process, steps=1, logits=logits)
+    assert torch.equal(one, cv.argmax_text(logits, mask, text_process=process))
+    assert torch.equal(state, torch.random.get_rng_state()) and len(spy.calls) == 1

@@ -34,6 +34,7 @@ EVERYTHING = of(
         weight=cv.ramp(1.0, 2),
         latent_time=0.5,
         null_text_rate=0.2,
+        text_weighting="mean",
         latent_weighting=cv.LogitNormal(std=0.5),
     ),
     cv.CycleText(weight=TURNS[0], bridge=BRIDGE, time=MOVING, policy=OPENING, pairs=True, every=2),
@@ -55,6 +56,7 @@ EVERYTHING = of(
     cv.Contrastive(temperature=0.2, critic="euclidean", bridge=BRIDGE, time=MOVING, through="full"),
     cv.TextMarginal(bridge="soft", freeze=("word.*",), pairs=True),
     cv.Latent(name="latent_2", time=TIMES, weighting=cv.LogitNormal(mean=0.5, std=2.0)),
+    cv.Text(name="text_2", weighting="bound"),
     non_finite="skip",
     seed=3,
 )
@@ -374,7 +376,7 @@ COMMON = {
     "name": {NAME},
 }
 TAKES = {
-    "text": {"time": TIME, "null_rate": {NUMBER}},
+    "text": {"time": TIME, "null_rate": {NUMBER}, "weighting": {NAME}},
     "latent": {
         "time": TIME,
         "distance": {NAME},
@@ -387,6 +389,7 @@ TAKES = {
         "latent_time": TIME | {NONE},
         "null_text_rate": {NUMBER, NONE},
         "latent_weighting": {MAPPING, NONE},
+        "text_weighting": {NAME},
     },
     "cycle_text": {
         "bridge": {MAPPING},

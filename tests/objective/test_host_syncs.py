@@ -6,7 +6,7 @@ import torch
 import cyclevae as cv
 from counters import HostSyncs
 from cyclevae.testing import toy_batch, toy_denoiser
-from recipes import RECIPES, recipe
+from recipes import HYBRID, RECIPES, recipe
 from running import LATENT, MADE, TEXT, of
 from test_own_term import BESIDE, RHYME
 
@@ -15,6 +15,15 @@ META = torch.device("meta")
 
 OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
     "recommended": cv.CycleObjective(TEXT, LATENT),
+    "hybrid text": cv.CycleObjective(
+        HYBRID,
+        LATENT,
+        [
+            cv.Text(weighting="bound"),
+            cv.Latent(),
+            cv.CycleLatent(bridge=cv.TextBridge("unmask", steps=2)),
+        ],
+    ),
     "a term of one's own": of(*BESIDE, RHYME),
     "made by others": of(*MADE),
 }

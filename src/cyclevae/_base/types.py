@@ -22,6 +22,7 @@ Prediction = Literal["epsilon", "x0", "v", "velocity"]
 Need = Literal["both", "logits", "latents"]
 Estimator = Literal["unbiased", "biased"]
 Reduction = Literal["mean", "sum", "none", "nats"]
+TextWeighting = Literal["mean", "bound"]
 Number = int | float  # beartype does not take an int for a float
 Count = Number | Shaped[Tensor, ""]
 Schedule = Callable[[int], Number]  # a weight as a function of the step

@@ -28,10 +28,15 @@ def unmask_text(
 ) -> Tokens:
     """A pseudo-text `[b, s]` written in `steps` passes, the most confident words first.
 
-    The first pass reads a fully masked text. After pass `k`, `ceil(n k / steps)` of the `n` words
-    of a row stand, and never change; the next pass reads them, at the time that is the share of its
-    kept tokens still masked. A word's confidence is its probability. Placed tokens stand from the
-    second pass on. With one step this is `argmax_text` of a plain pass. There is no gradient.
+    The first pass reads a text at full noise. After pass `k`, `ceil(n k / steps)` of the `n` words
+    of a row stand, and never change; the next pass reads them, at the time at which that share of
+    its kept tokens is noise, for masks the share itself. A word's confidence is its probability.
+    Placed tokens stand from the second pass on. With one step this is `argmax_text` of a plain
+    pass. There is no gradient.
+
+    Where noise is random words, no pass can tell which words stand: each writes all of them anew,
+    the surest are read by the next, and noise is drawn again for the others. A word may so be
+    mended.
 
     Args:
         denoiser: the model.
@@ -39,10 +44,10 @@ def unmask_text(
         attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
         text_process: the text process.
         steps: number of passes.
-        logits: of a fully masked pass that is already computed; it is then not run again.
+        logits: of a pass from full noise that is already computed; it is then not run again.
         temperature: sample the words from `softmax(logits / temperature)` instead of taking the
             most probable ones.
-        generator: random state of the draws.
+        generator: random state of the draws, of words and of noise.
 
     Raises:
         ValueError: wrong shapes or values, fewer than 1 step.
@@ -64,18 +69,20 @@ def unmask_text(
         check_positive("temperature", temperature)
     mask = as_mask("attention_mask", attention_mask)
     with detach():
-        masked = text_process.chosen(mask)
-        words, kept = masked.sum(dim=1), mask.sum(dim=1).clamp(min=1)
-        tokens = text_process.fully_masked(mask)
+        places = text_process.chosen(mask)
+        words, kept = places.sum(dim=1), mask.sum(dim=1).clamp(min=1)
+        everywhere, time = torch.ones_like(mask), torch.ones_like(kept, dtype=torch.float32)
+        hidden, written = everywhere, torch.zeros_like(mask, dtype=torch.long)
         for step in range(1, steps + 1):
             if logits is None:
+                noise = text_process.noise(mask, time, generator=generator)
                 logits = l2t(
                     denoiser,
                     latents,
                     mask,
                     text_process=text_process,
-                    tokens=tokens,
-                    text_time=1.0 if step == 1 else masked.sum(dim=1) / kept,
+                    tokens=torch.where(hidden, noise, written),
+                    text_time=1.0 if step == 1 else time,
                 )
             if temperature is None:
                 drawn = argmax_text(logits, mask, text_process=text_process)
@@ -89,10 +96,13 @@ def unmask_text(
                 )
             chances = word_logits(logits, mask, text_process, temperature or 1.0).log_softmax(-1)
             confidence = chances.gather(-1, drawn[..., None]).squeeze(-1)
-            surest = confidence.masked_fill(~masked, -math.inf)
+            if text_process.replaces:  # any word may be wrong
+                hidden = everywhere
+            written = torch.where(hidden, drawn, written)
+            hidden = hidden & places
+            surest = confidence.masked_fill(~hidden, -math.inf)
             rank = surest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            due = (words * step + steps - 1) // steps - (words - masked.sum(dim=1))
-            chosen = masked & (rank < due[:, None])
-            tokens = text_process.frame(torch.where(chosen, drawn, tokens), mask)
-            masked, logits = masked & ~chosen, None
-    return tokens
+            due = (words * step + steps - 1) // steps - (words - hidden.sum(dim=1))
+            hidden, logits = hidden & (rank >= due[:, None]), None
+            time = text_process.time_of(hidden.sum(dim=1) / kept)
+    return written

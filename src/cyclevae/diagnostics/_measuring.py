@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import Latents, Logits, Mask
+from cyclevae._base.types import Latents, Logits, Mask, Tokens
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.evaluation import evaluating
@@ -52,9 +52,10 @@ def without_latent(
     mask: Mask,
     text_process: TextProcess,
     latent_process: LatentProcess,
+    tokens: Tokens,
 ) -> Logits:
-    """What the decoder says of a fully masked text where the latent is pure noise."""
-    tokens, full = text_process.fully_masked(mask), checks.as_time("time", 1.0, noise)
+    """What the decoder says of a text at full noise where the latent is pure noise."""
+    full = checks.as_time("time", 1.0, noise)
     output = denoiser.denoise(
         tokens,
         latent_process.started(noise, full),

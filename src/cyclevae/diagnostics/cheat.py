@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,8 +155,11 @@ def cheat_test(
         checks.check_same_shape("z_hat", z_hat, "latents", latents)
         crossing = bridge.noised(z_hat, generator=generator)
 
+        hidden = text_process.at_full_noise(mask, generator=generator)
+        read: dict[str, Any] = {"text_process": text_process, "tokens": hidden}
+
         def decoded(z: Tensor) -> float:
-            logits = l2t(denoiser, z.to(latents.dtype), mask, text_process=text_process)
+            logits = l2t(denoiser, z.to(latents.dtype), mask, **read)
             return accuracy(logits, tokens, mask)
 
         def treated() -> Iterator[Treatment]:
@@ -177,7 +180,9 @@ def cheat_test(
             pairs=decoded(latents),
             shuffled=decoded(crossing.roll(1, 0)),
             chance=accuracy(
-                without_latent(denoiser, noise, mask, text_process, latent_process), tokens, mask
+                without_latent(denoiser, noise, mask, latent_process=latent_process, **read),
+                tokens,
+                mask,
             ),
             treatments=tuple(treated()),
         )

@@ -113,7 +113,7 @@ def cycle_report(
     }
     with measuring(denoiser):
         z_hat = encode_text(denoiser, tokens, mask, noise=noise, **read)
-        logits = l2t(denoiser, latents, mask, text_process=text_process)
+        logits = l2t(denoiser, latents, mask, text_process=text_process, generator=generator)
         y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
         cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
         checks.check_latents("z_hat", z_hat, cure="has training diverged?")

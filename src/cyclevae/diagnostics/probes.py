@@ -1,7 +1,7 @@
 """Does each direction listen: the right condition against another row's, and against none."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -103,18 +103,20 @@ def text_probe(
         True
     """
     tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
+    generator = seeded(generator, latents)
     if noise is None:
-        generator = seeded(generator, latents)
         noise = draw_noise(
             len(latents), latent_process, at=latents, like=latents, generator=generator
         )
     else:
         checks.check_same_shape("noise", noise, "latents", latents)
+    hidden = text_process.at_full_noise(mask, generator=generator)
+    read: dict[str, Any] = {"text_process": text_process, "tokens": hidden}
     with measuring(denoiser):
         logits = {
-            "right": l2t(denoiser, latents, mask, text_process=text_process),
-            "shuffled": l2t(denoiser, latents.roll(1, 0), mask, text_process=text_process),
-            "empty": without_latent(denoiser, noise, mask, text_process, latent_process),
+            "right": l2t(denoiser, latents, mask, **read),
+            "shuffled": l2t(denoiser, latents.roll(1, 0), mask, **read),
+            "empty": without_latent(denoiser, noise, mask, latent_process=latent_process, **read),
         }
     nats = {
         name: text_loss(values, tokens, mask, reduction="none").sum(dim=1)
@@ -199,11 +201,13 @@ def latent_probe(
         )
     else:
         checks.check_same_shape("noise", noise, "latents, repeated `samples` times,", repeated)
-    parts = []
+    hidden, parts = text_process.at_full_noise(mask, generator=generator), []
     with measuring(denoiser):
         for drawn in zip(*(x.chunk(samples) for x in (times, weights, noise)), strict=True):
             parts.append(
-                _latent_nats(denoiser, tokens, latents, mask, text_process, latent_process, *drawn)
+                _latent_nats(
+                    denoiser, tokens, latents, mask, hidden, text_process, latent_process, *drawn
+                )
             )
     return _probe({name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]})
 
@@ -213,6 +217,7 @@ def _latent_nats(
     tokens: Tokens,
     latents: Latents,
     mask: Tensor,
+    hidden: Tokens,
     text_process: TextProcess,
     latent_process: LatentProcess,
     time: Time,
@@ -233,7 +238,7 @@ def _latent_nats(
         )
         for shift in (0, 1)
     )
-    empty = without_text(denoiser, right.z_t, mask, time, text_process)
+    empty = without_text(denoiser, right.z_t, mask, time, hidden)
     target = latent_process.target(latents, noise, time)
 
     def nats(prediction: Latents, other: Latents) -> Float[Tensor, " b"]:

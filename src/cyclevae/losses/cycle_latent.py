@@ -154,7 +154,7 @@ def cycle_latent_loss(
     else:
         with policy.bridge_pass(denoiser):
             if logits is None:
-                logits = l2t(writer, latents, mask, text_process=text_process)
+                logits = l2t(writer, latents, mask, text_process=text_process, generator=generator)
             texts = _write(writer, latents, mask, logits, text_process, bridge, generator)
         if policy.freeze_bridge:
             refuse_reentrant([logits], bridge=latents)
@@ -242,8 +242,15 @@ def _write(
 ) -> list[AnyTokens]:
     """The pseudo-texts of a bridge: one, or the samples of `rloo`."""
     if bridge.name == "unmask":
-        steps, ids = bridge.steps, text_process
-        text = unmask_text(denoiser, latents, mask, text_process=ids, steps=steps, logits=logits)
+        text = unmask_text(
+            denoiser,
+            latents,
+            mask,
+            text_process=text_process,
+            steps=bridge.steps,
+            logits=logits,
+            generator=generator,
+        )
         return [text]
     texts = 1
     if bridge.name == "rloo":

@@ -115,7 +115,7 @@ def cycle_text_loss(
     checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
     crossing = bridge.noised(z_hat, generator=generator)
     with policy.reading_pass(denoiser):
-        logits = l2t(denoiser, crossing, mask, text_process=text_process)
+        logits = l2t(denoiser, crossing, mask, text_process=text_process, generator=generator)
     if policy.freeze:
         refuse_reentrant([logits], bridge=crossing)
     tokens, taught = text_process.targets(tokens, mask)

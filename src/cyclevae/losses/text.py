@@ -1,8 +1,9 @@
 """The base loss of the decoder direction, and the cross-entropy that others share."""
 
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
@@ -16,14 +17,16 @@ from cyclevae._base.types import (
     MaskLike,
     Number,
     Reduction,
+    TextWeighting,
     Time,
     Tokens,
 )
 from cyclevae.losses.cross_entropy import token_nll
+from cyclevae.losses.text_bound import text_bound
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
-from cyclevae.processes.text import TextProcess
+from cyclevae.processes.text import Noised, TextProcess
 from cyclevae.processes.times import TimePolicy
 
 
@@ -80,14 +83,15 @@ def l2t_loss(
     *,
     text_process: TextProcess,
     text_time: Number | Time | TimePolicy = 1.0,
+    weighting: TextWeighting = "mean",
     step: int = 0,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """Train the decoder on pairs: cross-entropy of the masked words, given the latent and the rest.
+    """Train the decoder on pairs: cross-entropy of the noised words, given the latent and the rest.
 
-    Fully masked by default: the other words are a help that no cycle gives.
+    At full noise by default: the other words are a help that no cycle gives.
 
     Args:
         denoiser: the model.
@@ -95,14 +99,22 @@ def l2t_loss(
         latents: clean latents.
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
-        text_time: the rate at which words are masked; a number, `[b]`, or a policy that draws it.
+        text_time: the time of the text, for masks their rate; a number, `[b]`, or a policy that
+            draws it.
+        weighting: `mean` over the counted words, which are the masked ones, or all where noise is
+            random words; or `bound`, whose mean over uniform times, per taught word, bounds
+            `-log p(y | z)`.
         step: the training step, for a policy whose cap moves.
         generator: random state of the draws.
-        reduction: as `text_loss`; `mean` is over the masked words.
+        reduction: as `text_loss`; `mean` is over the counted words, or all taught ones of a bound.
         count: as `text_loss`.
 
     Raises:
-        ValueError: wrong shapes or values.
+        ValueError: wrong shapes or values, or a bound at a constant time, or of a text process
+            whose weights are not its own.
+
+    Reference: the bound for masks, https://arxiv.org/abs/2406.07524; with random words,
+    https://arxiv.org/abs/2503.04482.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -113,9 +125,13 @@ def l2t_loss(
         torch.Size([])
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
+    checks.check_choice("weighting", weighting, get_args(TextWeighting))
     tokens, mask = text_process.as_text(tokens, attention_mask)
     checks.check_rows("latents", latents, "tokens", tokens)
-    decoded = decode_masked(
+    if weighting == "bound":
+        text_process.check_bound()
+        check_bound_time("text_time", text_time)
+    decoded = decode_noised(
         denoiser,
         tokens,
         latents,
@@ -125,10 +141,54 @@ def l2t_loss(
         step=step,
         generator=generator,
     )
-    return text_loss(*decoded, reduction=reduction, count=count)
+    if weighting == "mean":
+        return text_loss(*decoded[:3], reduction=reduction, count=count)
+    bound = decoded.bound(text_process)
+    return reduce_text(bound, text_process.taught(mask), reduction=reduction, count=count)
 
 
-def decode_masked(
+def check_bound_time(name: str, time: object) -> None:
+    """Refuse times of which no mean is that of a bound."""
+    if isinstance(time, TimePolicy):
+        if time.distribution == "uniform":
+            return
+        got = f"the distribution {time.distribution!r}"
+    elif isinstance(time, Tensor):  # drawn by the caller
+        return
+    else:
+        got = repr(time)
+    raise ValueError(
+        f"weighting='bound' is a mean over uniform times, and `{name}` is {got}: give "
+        "TimePolicy('uniform'), or leave the weighting at 'mean'"
+    )
+
+
+class Decoding(NamedTuple):
+    """An L2T pass of the base loss.
+
+    Attributes:
+        logits: `[b, s, v]`.
+        targets: what they should be `[b, s]`.
+        counted: where `[b, s]`.
+        noisy: what was read `[b, s]`; None at full noise.
+        time: the time of the noise.
+    """
+
+    logits: Logits
+    targets: Tokens
+    counted: Mask
+    noisy: Tokens | None = None
+    time: Number | Time = 1.0
+
+    def bound(self, text_process: TextProcess) -> Float[Tensor, "b s"]:
+        """What each position adds to the bound."""
+        if self.noisy is None or not isinstance(self.time, Tensor):
+            raise ValueError("a text at full noise alone has no bound")
+        noised = Noised(self.noisy, self.counted)
+        return text_bound(self.logits, self.targets, noised, self.time, text_process=text_process)
+
+
+def decode_noised(
     denoiser: Denoiser,
     tokens: Tokens,
     latents: Latents,
@@ -138,14 +198,22 @@ def decode_masked(
     time: Number | Time | TimePolicy,
     step: int,
     generator: torch.Generator | None,
-) -> tuple[Logits, Tokens, Mask]:
-    """The L2T pass of `l2t_loss`: logits, what they should be, and where."""
-    targets, taught = text_process.targets(tokens, mask)
+) -> Decoding:
+    """The L2T pass of `l2t_loss`."""
+    targets, counted = text_process.targets(tokens, mask)
     noisy = None
     if isinstance(time, TimePolicy):
         time = time(len(tokens), step=step, device=tokens.device, generator=generator)
     if isinstance(time, Tensor) or time != 1:
         time = checks.as_time("text_time", time, latents)
-        noisy, taught = text_process.mask(tokens, mask, time, generator=generator)
-    logits = l2t(denoiser, latents, mask, text_process=text_process, tokens=noisy, text_time=time)
-    return logits, targets, taught
+        noisy, counted = text_process.noised(tokens, mask, time, generator=generator)
+    logits = l2t(
+        denoiser,
+        latents,
+        mask,
+        text_process=text_process,
+        tokens=noisy,
+        text_time=time,
+        generator=generator,
+    )
+    return Decoding(logits, targets, counted, noisy, time)

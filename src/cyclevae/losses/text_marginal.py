@@ -4,26 +4,21 @@ from contextlib import nullcontext
 from typing import get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import (
     AnyTokens,
     Count,
     Latents,
-    Logits,
     Loss,
     MaskLike,
     Number,
     Reduction,
-    RelaxedTokens,
     Time,
 )
 from cyclevae.gradient_policy.contexts import detach
-from cyclevae.losses.text import text_loss
+from cyclevae.losses.text_bound import text_bound
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
@@ -46,15 +41,15 @@ def text_marginal_loss(
     reduction: Reduction = "mean",
     count: Count | None = None,
 ) -> Loss:
-    """The masked-diffusion bound on `-log p(y)`, of texts alone: the latent is pure noise.
+    """The diffusion bound on `-log p(y)`, of texts alone: the latent is pure noise.
 
     `E_r [1/r sum_masked -log p(y_l | y_r, noise)]`, one draw of the rate `r` and of the mask per
-    row. It bounds in the mean over uniform rates; one draw, or a rate of one's own, bounds nothing.
-    The weight is capped at 1000, which takes off 0.05 % of what words lose at rates near 0. Where
-    `taught_padding` teaches padding, it is part of the text. It is the text part of
-    `unconditional_loss` on rows without a latent.
+    row; under another text process the bound of that. It bounds in the mean over uniform rates; one
+    draw, or a rate of one's own, bounds nothing. The weight is capped at 1000, which takes off
+    0.05 % of what words lose at rates near 0. Where `taught_padding` teaches padding, it is part of
+    the text. It is the text part of `unconditional_loss` on rows without a latent.
 
-    A relaxed text is masked as its most probable words, and its gradient is that of the targets,
+    A relaxed text is noised as its most probable words, and its gradient is that of the targets,
     `sum_v y_v (-log p_v)`, as for the straight-through bridge: the text learns to be probable, and
     the model learns nothing. From ids the model learns, as in `unconditional_loss`.
 
@@ -68,7 +63,8 @@ def text_marginal_loss(
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         latent_process: the latent process; its `shape` says what to draw if `noise` is not given.
-        text_time: the rates, a number or `[b]`; stratified uniform if not given.
+        text_time: the times of the text, for masks their rates; a number or `[b]`; stratified
+            uniform if not given.
         noise: standard normal, of which the latents are made that the model sees, those of a start
             from noise at time 1; drawn with `generator` if not given.
         generator: random state of the draws.
@@ -77,7 +73,7 @@ def text_marginal_loss(
         count: as `text_loss`.
 
     Raises:
-        ValueError: wrong shapes or values.
+        ValueError: wrong shapes or values, or a text process whose weights are not its own.
 
     Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524; a
     language model's reward in dual learning, https://arxiv.org/abs/1611.00179.
@@ -95,6 +91,7 @@ def text_marginal_loss(
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
     tokens, kept = text_process.as_text(tokens, attention_mask, relaxed=True)
+    text_process.check_bound()
     relaxed = tokens.is_floating_point()
     if relaxed:  # the model learns from ids alone
         cure = "make the relaxed text outside of detach(), or give its ids to teach the model"
@@ -109,11 +106,11 @@ def text_marginal_loss(
     if text_time is None:
         text_time = stratified_times(len(ids), device=ids.device, generator=generator)
     rate = checks.as_time("text_time", text_time, noise)
-    noisy, masked = text_process.mask(ids, kept, rate, generator=generator)
+    noised = text_process.noised(ids, kept, rate, generator=generator)
     with detach() if relaxed else nullcontext():
         full = torch.ones_like(rate)
         output = denoiser.denoise(
-            noisy,
+            noised.tokens,
             latent_process.started(noise, full),
             text_time=rate,
             latent_time=full,
@@ -121,17 +118,5 @@ def text_marginal_loss(
             need="logits",
         )
         logits = need_logits(output, ids, text_process.vocab_size)
-    if relaxed:
-        nll = _expected_nll(logits, words, masked)
-    else:
-        nll = text_loss(logits, ids, masked, reduction="none")
-    # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
-    bound = nll / rate.clamp(min=1e-3)[:, None]
+    bound = text_bound(logits, words, noised, rate, text_process=text_process)
     return reduce_text(bound, taught, reduction=reduction, count=count)
-
-
-def _expected_nll(logits: Logits, tokens: RelaxedTokens, masked: Tensor) -> Float[Tensor, "b s"]:
-    log_p = fp32(logits).log_softmax(dim=-1)
-    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 times minus infinity is NaN
-    words = torch.where(masked[..., None], fp32(tokens), 0.0)
-    return -(words * torch.where(masked[..., None], log_p, 0.0)).sum(dim=-1)

@@ -1,6 +1,6 @@
 """The unconditional mode: both parts noised at once, and rows that may lack one of them."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -13,16 +13,18 @@ from cyclevae._base.types import (
     Number,
     Rows,
     Scalar,
+    TextWeighting,
     Time,
     Tokens,
 )
 from cyclevae.losses.cross_entropy import token_nll
 from cyclevae.losses.latent import check_weighting, latent_loss
+from cyclevae.losses.text_bound import text_bound
 from cyclevae.model.both import joint
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import LatentProcess
-from cyclevae.processes.text import TextProcess
+from cyclevae.processes.text import Noised, TextProcess
 from cyclevae.processes.times import LatentWeighting
 
 
@@ -30,7 +32,8 @@ class UnconditionalLoss(NamedTuple):
     """The two terms of the unconditional mode.
 
     Attributes:
-        text: in the mean over rates a bound on the negative log-likelihood of a token, in nats.
+        text: in the mean over rates a bound on the negative log-likelihood of a token, in nats,
+            unless `text_weighting="mean"`.
         latent: squared error in the prediction space.
 
     Examples:
@@ -57,6 +60,7 @@ def unconditional_loss(
     latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    text_weighting: TextWeighting = "bound",
     latent_weighting: LatentWeighting | None = None,
     reduction: Literal["mean", "sum", "nats"] = "mean",
     text_count: Count | None = None,
@@ -66,8 +70,9 @@ def unconditional_loss(
 
     Text: the masked-diffusion bound `E_r [1/r sum_masked -log p(y_l | y_r, z_t)]` at a random rate
     `r`, per taught token; a bound in the mean over uniform rates, but for the weight's cap at 1000,
-    which takes off 0.05 % of what words lose at rates near 0. Latent: squared error at a random
-    time. A row without a text has it fully masked, a row without a latent sees pure noise; neither
+    which takes off 0.05 % of what words lose at rates near 0. Where the text process has another
+    schedule, or random words, the bound is that of its noise. Latent: squared error at a random
+    time. A row without a text has it at full noise, a row without a latent sees pure noise; neither
     counts towards the missing part.
 
     `has_text` may also leave out texts that are there. Their latents are then denoised knowing
@@ -83,22 +88,27 @@ def unconditional_loss(
         latent_process: the latent process.
         has_text: `[b]`, which rows have a text; all of them if not given.
         has_latent: `[b]`, which rows have a latent; all of them if not given.
-        text_time: the rates, a number or `[b]`; stratified uniform if not given.
+        text_time: the times of the text, for masks their rates; a number or `[b]`; stratified
+            uniform if not given.
         latent_time: a number or `[b]`; stratified uniform if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
+        text_weighting: `bound`, or the `mean` of the cross-entropy over the tokens that the noise
+            leaves to be counted: see `Noised`.
         latent_weighting: of the rows of the latent term, a function of their times: `weighting` of
             `t2l_loss`.
         reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
-        text_count: denominator in place of the kept tokens (`nats`: the number) of rows with a
-            text.
+        text_count: denominator in place of the kept tokens (of a `mean`: the counted ones,
+            `nats`: the number) of rows with a text.
         latent_count: denominator in place of the elements (`nats`: the number) of rows with a
             latent.
 
     Raises:
-        ValueError: wrong shapes or values, an unknown reduction.
+        ValueError: wrong shapes or values, an unknown reduction or weighting, or a text process
+            whose weights are not its own.
 
-    Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524.
+    Reference: Sahoo et al., masked diffusion language models, https://arxiv.org/abs/2406.07524;
+    random words: von Rütte et al., https://arxiv.org/abs/2503.04482.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -113,6 +123,9 @@ def unconditional_loss(
     """
     checks.check_choice("reduction", reduction, ("mean", "sum", "nats"))
     check_weighting("latent_weighting", latent_weighting)
+    checks.check_choice("text_weighting", text_weighting, get_args(TextWeighting))
+    if text_weighting == "bound":
+        text_process.check_bound()
     checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:
         latents = only_present(latents, has_latent)
@@ -136,9 +149,12 @@ def unconditional_loss(
     has_text = everyone if has_text is None else has_text
     has_latent = everyone if has_latent is None else has_latent
     kept = kept & has_text[:, None]
-    masked = out.masked & kept
-    # 1 / r has no finite variance at r = 0; a rate this small masks next to nothing anyway
-    nll = token_nll(out.logits, tokens, masked) / out.text_time.clamp(min=1e-3)[:, None]
+    counted = out.masked & kept
+    if text_weighting == "mean":
+        nll, kept = token_nll(out.logits, tokens, counted), counted
+    else:
+        noised = Noised(out.noisy_tokens, counted)
+        nll = text_bound(out.logits, tokens, noised, out.text_time, text_process=text_process)
     target = latent_process.target(latents, out.noise, out.latent_time)
     squared = latent_loss(
         out.latent_prediction,
@@ -149,6 +165,6 @@ def unconditional_loss(
     if text_count is None:
         text_count = has_text.sum() if reduction == "nats" else kept.sum()
     return UnconditionalLoss(
-        reduce_text(nll, masked, reduction=reduction, count=text_count),
+        reduce_text(nll, counted, reduction=reduction, count=text_count),
         reduce_latents(squared, reduction=reduction, rows=has_latent, count=latent_count),
     )

@@ -22,10 +22,11 @@ class Joint(NamedTuple):
     Attributes:
         logits: `[b, s, v]`.
         latent_prediction: in the process's prediction type.
-        masked: which tokens were masked `[b, s]`.
+        masked: which tokens were masked `[b, s]`; where noise is random words, all taught ones.
         noise: the noise in the latents.
         text_time: `[b]`, the rate at which tokens were masked.
         latent_time: `[b]`.
+        noisy_tokens: the noised text `[b, s]`.
     """
 
     logits: Logits
@@ -34,6 +35,7 @@ class Joint(NamedTuple):
     noise: Latents
     text_time: Time
     latent_time: Time
+    noisy_tokens: Tokens
 
 
 @at_the_door
@@ -52,9 +54,9 @@ def joint(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
 ) -> Joint:
-    """The unconditional mode: text masked at a random rate, latents at a random time.
+    """The unconditional mode: text noised at a random time, latents at another.
 
-    A row without a text has it fully masked, a row without a latent has what the encoder starts
+    A row without a text has it at full noise, a row without a latent has what the encoder starts
     from at time 1, nothing but noise: the model then learns from the part that is there, knowing
     nothing of the other.
 
@@ -109,12 +111,12 @@ def joint(
     latent_time = time("latent_time", latent_time, has_latent)
     if noise is None:
         noise = draw_noise(rows, latent_process, like=latents, generator=generator, at=tokens)
-    noisy_tokens, masked = text_process.mask(tokens, mask, text_time, generator=generator)
+    noised = text_process.noised(tokens, mask, text_time, generator=generator)
     z_t = latent_process.noised(latents, noise, latent_time)
     if has_latent is not None:
         z_t = only_present(z_t, has_latent, latent_process.started(noise, latent_time))
     output = denoiser.denoise(
-        noisy_tokens,
+        noised.tokens,
         z_t,
         text_time=text_time,
         latent_time=latent_time,
@@ -124,8 +126,9 @@ def joint(
     return Joint(
         need_logits(output, tokens, text_process.vocab_size),
         need_latents(output, z_t),
-        masked,
+        noised.counted,
         noise,
         text_time,
         latent_time,
+        noised.tokens,
     )

@@ -41,7 +41,7 @@ class WithoutCondition:
         _one_direction(need)
         if need == "latents":
             mask = checks.as_mask("attention_mask", state["attention_mask"])
-            no_text = self.text_process.fully_masked(mask)
+            no_text = self.text_process.at_full_noise(mask, generator=self.generator)
             if self.rows is not None and tokens.is_floating_point():
                 no_text = F.one_hot(no_text, tokens.shape[-1]).to(tokens.dtype)
             tokens, time = self._hidden(no_text, tokens), "text_time"
@@ -72,7 +72,7 @@ def without_condition(
 ) -> WithoutCondition:
     """The same network without its condition: the other part is at full noise, and at time 1.
 
-    An encoder pass (`need="latents"`) reads the null text: of the same length, fully masked, at
+    An encoder pass (`need="latents"`) reads the null text: of the same length, at full noise, at
     `text_time` 1. A decoder pass (`need="logits"`) reads the null latent: what the encoder starts
     from, pure noise at `latent_time` 1. These are states of the process itself, and those of the
     unconditional mode, so no network needs another input; one with a null embedding of its own

@@ -33,17 +33,19 @@ def l2t(
     text_process: TextProcess,
     tokens: Tokens | None = None,
     text_time: Number | Time = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Logits:
-    """Decode: clean latents and a fully masked text, in one pass.
+    """Decode: clean latents and a text at full noise, in one pass.
 
     Args:
         denoiser: the model.
         latents: clean latents, `[b, d]` or `[b, n, d]`.
         attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
         text_process: the text process.
-        tokens: a text in which only some words are masked, as `unmask_text` makes them; fully
-            masked if not given.
-        text_time: the share of its kept tokens that are masked, a number or `[b]`.
+        tokens: a text in which only some words are noise, as `unmask_text` makes them; at full
+            noise if not given.
+        text_time: the time of its noise, for masks the share of masked ones; a number or `[b]`.
+        generator: random state of full noise that is random words.
 
     Returns:
         Logits `[b, s, v]`.
@@ -58,7 +60,7 @@ def l2t(
         >>> l2t(denoiser, latents, mask, text_process=text_process).shape
         torch.Size([3, 5, 7])
     """
-    asked = _ask_l2t(latents, attention_mask, text_process, tokens, text_time)
+    asked = _ask_l2t(latents, attention_mask, text_process, tokens, text_time, generator)
     return need_logits(
         denoiser.denoise(**asked, need="logits"), asked["tokens"], text_process.vocab_size
     )
@@ -175,7 +177,7 @@ def l2t_and_t2l(
         text_process: the text process.
         latent_process: the latent process.
         noise: that the encoder starts from; drawn with `generator` if not given.
-        generator: random state of the draw.
+        generator: random state of the draws.
 
     Returns:
         The logits `[b, s, v]`, and the encoder's half.
@@ -194,7 +196,7 @@ def l2t_and_t2l(
         >>> logits.shape, encoded.prediction.shape
         (torch.Size([3, 5, 7]), torch.Size([3, 4]))
     """
-    decode = _ask_l2t(latents, lengths, text_process, None, 1.0)
+    decode = _ask_l2t(latents, lengths, text_process, None, 1.0, generator)
     encode, encoded = _ask_t2l(
         denoiser,
         tokens,
@@ -235,6 +237,7 @@ def _ask_l2t(
     text_process: TextProcess,
     tokens: Tokens | None,
     text_time: Number | Time,
+    generator: torch.Generator | None,
 ) -> dict[str, Any]:
     """What a decoder pass asks of the model."""
     checks.check_latents("latents", latents)
@@ -242,7 +245,7 @@ def _ask_l2t(
     mask = checks.as_mask("attention_mask", attention_mask)
     checks.check_kept("attention_mask", mask)
     if tokens is None:
-        tokens = text_process.fully_masked(mask)
+        tokens = text_process.at_full_noise(mask, generator=generator)
     else:
         tokens = checks.as_tokens("tokens", tokens, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, tokens.shape)

@@ -28,6 +28,7 @@ from cyclevae.objective.step import Ran, Setting, Step
 from cyclevae.objective.term import Term, same
 from cyclevae.objective.terms import SHIPPED, recommended
 from cyclevae.processes.latent import LatentProcess
+from cyclevae.processes.mixed_text import HybridTextProcess, UniformTextProcess
 from cyclevae.processes.text import TextProcess
 from cyclevae.scale.non_finite import (
     Guarded,
@@ -309,7 +310,7 @@ class CycleObjective:
         )
         for term, _ in self._running(step):
             term.check_step(run._replace(name=term.name))
-        return run._replace(rows=check_step(run, self._terms()).borrowed(self.text_process.mask_id))
+        return run._replace(rows=check_step(run, self._terms()).borrowed(self.text_process.null_id))
 
     def _judging(self) -> AbstractContextManager[object]:
         """From here only the model's outputs are new, which the rule judges and no error stops."""
@@ -410,7 +411,8 @@ class CycleObjective:
             True
         """
         known = {term.kind(): term for term in SHIPPED} | dict(terms or {})
-        return load_objective(cls, config, known, (TextProcess, LatentProcess, *processes))
+        kinds = (TextProcess, LatentProcess, UniformTextProcess, HybridTextProcess, *processes)
+        return load_objective(cls, config, known, kinds)
 
     def __eq__(self, other: object) -> bool:
         return same(self, other)

@@ -252,7 +252,11 @@ class Step(NamedTuple):
                 latents, mask = self._to_decode(place)
                 with self._policy(place).bridge_pass(self.denoiser):
                     logits = l2t(
-                        self.made_by(request.maker), latents, mask, text_process=self.text_process
+                        self.made_by(request.maker),
+                        latents,
+                        mask,
+                        text_process=self.text_process,
+                        generator=self.generator,
                     )
                 if request.freeze:
                     refuse_reentrant([logits])
@@ -325,7 +329,13 @@ class Step(NamedTuple):
             raise TypeError(f"one pass of each direction joins, got {asked!r}")
         noise, _ = self._start(asked)
         logits, encoded = l2t_and_t2l(
-            self.denoiser, latents, mask, *self.texts(asked), **self.processes, noise=noise
+            self.denoiser,
+            latents,
+            mask,
+            *self.texts(asked),
+            **self.processes,
+            noise=noise,
+            generator=self.generator,
         )
         self.ran.passes[decode] = Decoded(latents, mask, logits)
         self.ran.passes[encode] = encoded

@@ -123,9 +123,9 @@ def ddvi_wake_kl(
         generator=generator,
     )
     with detach():
-        prior = without_text(
-            teacher, encoded.z_t, mask if null_mask is None else null_mask, time, text_process
-        )
+        null_mask = mask if null_mask is None else null_mask
+        hidden = text_process.at_full_noise(null_mask, generator=generator)
+        prior = without_text(teacher, encoded.z_t, null_mask, time, hidden)
     error = noise_error(fp32(encoded.prediction) - fp32(prior), time, latent_process)
     per_row = weight * error.square().flatten(1).sum(dim=1)
     return reduce_latents(per_row, reduction="mean", count=count)
@@ -191,7 +191,13 @@ def ddvi_sleep_loss(
     if y_hat is None:
         with detach():
             y_hat = pseudo_text(
-                l2t(denoiser if maker is None else maker, latents, mask, text_process=text_process),
+                l2t(
+                    denoiser if maker is None else maker,
+                    latents,
+                    mask,
+                    text_process=text_process,
+                    generator=generator,
+                ),
                 mask,
                 text_process=text_process,
                 bridge="categorical",

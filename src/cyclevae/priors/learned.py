@@ -12,7 +12,7 @@ from cyclevae._base import checks
 from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import reduce_latents
-from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time
+from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time, Tokens
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.door import at_the_door
@@ -156,7 +156,8 @@ def learned_prior(
     z_t = (_wide(alpha, z) * mean + _wide(spread, z) * noise).to(z.dtype)
     distilled = form == "score_distillation"
     with detach() if distilled else nullcontext():
-        prediction = without_text(teacher, z_t, mask, time, text_process)
+        hidden = text_process.at_full_noise(mask, generator=generator)
+        prediction = without_text(teacher, z_t, mask, time, hidden)
         error = latent_process.target(clean, eps, time) - fp32(prediction)
         error = noise_error(error, time, latent_process)
 
@@ -200,11 +201,11 @@ def check_frozen(teacher: Denoiser) -> None:
 
 
 def without_text(
-    teacher: Denoiser, z_t: Latents, mask: Mask, time: Time, text_process: TextProcess
+    teacher: Denoiser, z_t: Latents, mask: Mask, time: Time, hidden: Tokens
 ) -> Latents:
-    """The prediction of the unconditional mode: the text is fully masked."""
+    """The prediction of the unconditional mode: the text is at full noise."""
     output = teacher.denoise(
-        text_process.fully_masked(mask),
+        hidden,
         z_t,
         text_time=torch.ones_like(time),
         latent_time=time,

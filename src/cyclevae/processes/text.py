@@ -1,27 +1,47 @@
-"""The forward process of text: an absorbing mask, and the one home of ids."""
+"""The forward process of text: an absorbing mask, and what other processes have in common."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cyclevae._base import checks
 from cyclevae._base.draws import seeded
-from cyclevae._base.types import AnyTokens, Mask, MaskLike, Rows, Time, Tokens
+from cyclevae._base.types import Mask, Number, Time, Tokens
+from cyclevae.processes.ids import TextIds
+from cyclevae.processes.shares import Shares, check_shares, derivatives, inside
+from cyclevae.processes.times import TimePolicy
 
-TaughtPadding = Literal["none", "first", "all"]
+
+class Noised(NamedTuple):
+    """A noised text.
+
+    Attributes:
+        tokens: `[b, s]`.
+        counted: `[b, s]`, the positions that a loss counts: the masked ones, or all that are taught
+            where noise is also random words, which are not told from true ones.
+
+    Examples:
+        >>> text = TextProcess(mask_id=2, vocab_size=6)
+        >>> tokens = torch.tensor([[3, 4]])
+        >>> text.noised(tokens, tokens > 0, torch.ones(1)).counted
+        tensor([[True, True]])
+    """
+
+    tokens: Tokens
+    counted: Mask
 
 
 @dataclass(frozen=True)
-class TextProcess:
+class TextProcess(TextIds):
     """The absorbing text process and the one home of ids.
 
+    A subclass may have a schedule of its own, by `shares`, which the weights of the bound follow,
+    or a noise of its own, by `noised`; it then says by `weigh` what errors weigh in the bound.
+
     Attributes:
-        mask_id: the id of the absorbing token, `[MASK]`.
+        mask_id: the id of the absorbing token, `[MASK]`; an integer, in this process.
         vocab_size: number of ids, the width of the logits.
         pad_id: the id at padded positions; the mask id where the model has none.
         special_ids: further ids that no pseudo-text may choose (the mask and padding never are).
@@ -35,187 +55,127 @@ class TextProcess:
             front of a text is never taught.
 
     Raises:
-        ValueError: an id outside the vocabulary, or padding to be taught without a `pad_id`.
+        ValueError: an id outside the vocabulary, padding to be taught without a `pad_id`, or shares
+            of a subclass that are no noise.
 
     Examples:
         >>> import torch
         >>> text = TextProcess(mask_id=2, vocab_size=6, pad_id=0)
         >>> text.fully_masked(torch.tensor([[True, True, False]]))
         tensor([[2, 2, 0]])
+
+        A schedule of one's own: few words are masked at first.
+
+        >>> from cyclevae import Shares
+        >>> class Late(TextProcess):
+        ...     def shares(self, time):
+        ...         return Shares(1 - time**2, time**2, torch.zeros_like(time))
+        >>> Late(mask_id=2, vocab_size=6).weigh(torch.ones(1, 1), torch.tensor([0.5]))  # 2 / t
+        tensor([[4.]])
     """
 
-    mask_id: int
-    vocab_size: int
-    pad_id: int | None = None
-    special_ids: tuple[int, ...] = ()
-    start_id: int | None = None
-    end_id: int | None = None
-    end: Literal["placed", "predicted"] = "placed"
-    taught_padding: TaughtPadding = "none"
+    replaces: bool = field(init=False, repr=False, compare=False)  # noise is also random words
+    _written: bool = field(init=False, repr=False, compare=False)
+    _linear: bool = field(init=False, repr=False, compare=False)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "mask" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} has a `mask` of its own, which no loss would call: name it "
+                "`noised`, and say by `weigh` what errors weigh in the bound"
+            )
 
     def __post_init__(self) -> None:
-        ids = {"mask_id": self.mask_id, "pad_id": self.pad_id}
-        ids |= {"start_id": self.start_id, "end_id": self.end_id}
-        special = tuple(self.special_ids)
-        ids |= {f"special_ids[{i}]": value for i, value in enumerate(special)}
-        checks.check_count("vocab_size", self.vocab_size)
-        for name, value in ids.items():
-            if value is None and name not in ("mask_id", *list(ids)[4:]):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"`{name}` must be an integer id, got {value!r}; use int(...)")
-            if not 0 <= value < self.vocab_size:
-                raise ValueError(f"`{name}` must lie in [0, {self.vocab_size}), got {value}")
-        for name in ("pad_id", "start_id", "end_id"):
-            if ids[name] == self.mask_id:
-                raise ValueError(
-                    f"`{name}` and `mask_id` are both {self.mask_id}, so that a masked word could "
-                    "not be told from it: give the mask an id of its own"
-                    + (", or leave `pad_id` out" if name == "pad_id" else "")
-                )
-        object.__setattr__(self, "special_ids", special)
-        checks.check_choice("end", self.end, ("placed", "predicted"))
-        if self.end == "predicted" and self.end_id is None:
-            raise ValueError("end='predicted' needs the `end_id` at which a text ends")
-        checks.check_choice("taught_padding", self.taught_padding, get_args(TaughtPadding))
-        if self.taught_padding != "none" and self.pad_id is None:
+        super().__post_init__()
+        written = self.slopes if self._defined("slopes") <= self._defined("shares") else None
+        masks, replaces, linear = check_shares(type(self).__name__, self.shares, written)
+        object.__setattr__(self, "_written", written is not None)
+        object.__setattr__(self, "replaces", replaces)
+        object.__setattr__(self, "_linear", linear)
+        if masks and self.mask_id is None:
             raise ValueError(
-                f"taught_padding={self.taught_padding!r} needs the `pad_id` that the decoder is to "
-                "write"
+                f"`shares` of {type(self).__name__} mask words, and it has no mask: derive it from "
+                "TextProcess or HybridTextProcess, which have a `mask_id`"
             )
-        if len(self.forbidden_ids) >= self.vocab_size:
-            raise ValueError("every id of the vocabulary is forbidden; a pseudo-text needs words")
 
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "TextProcess":
-        """Read the ids off a Hugging Face style tokenizer, by duck typing.
+    # Noise
 
-        What it adds to a text, such as `[CLS]` and `[SEP]`, is asked of it, and taken as placed: a
-        token that it has but does not add, as GPT-2 its end, is none that your texts carry. It must
-        have `encode(text, add_special_tokens=...)`.
+    def shares(self, time: Time) -> Shares:
+        """The shares of kept, masked and random words at times: `1 - t`, `t` and 0.
 
-        Raises:
-            ValueError: no mask token, or one that is also the unknown, padding, first or last one;
-                a tokenizer that cannot be asked, or that adds more than one token on a side.
-
-        Examples:
-            >>> class Tokenizer:  # such as transformers' AutoTokenizer gives
-            ...     mask_token_id, pad_token_id, cls_token_id, sep_token_id = 4, 0, 2, 3
-            ...     all_special_ids = [0, 1, 2, 3, 4]
-            ...     def __len__(self):
-            ...         return 100
-            ...     def encode(self, text, add_special_tokens=True):
-            ...         return [2, 50, 3] if add_special_tokens else [50]
-            >>> process = TextProcess.from_tokenizer(Tokenizer())
-            >>> process.forbidden_ids, process.start_id, process.end_id
-            ((0, 1, 2, 3, 4), 2, 3)
+        Smooth, and by operations of torch alone: the weights of the bound are its derivatives.
         """
-        kind = type(tokenizer).__name__
-        mask_id = getattr(tokenizer, "mask_token_id", None)
-        if mask_id is None:
-            raise ValueError(
-                f"`tokenizer` ({kind}) has no mask token; add one, as in "
-                'tokenizer.add_special_tokens({"mask_token": "[MASK]"}), and resize the embedding'
-            )
-        if mask_id == getattr(tokenizer, "unk_token_id", None):
-            raise ValueError(
-                f"the mask and the unknown token of `tokenizer` ({kind}) are both {mask_id}: add a "
-                'mask of its own, as in tokenizer.add_special_tokens({"mask_token": "[MASK]"}), '
-                "and resize the embedding"
-            )
-        start, end = _frame_of(tokenizer)
-        return cls(
-            mask_id=mask_id,
-            vocab_size=len(tokenizer),
-            pad_id=getattr(tokenizer, "pad_token_id", None),
-            special_ids=tuple(sorted(set(getattr(tokenizer, "all_special_ids", ())))),
-            start_id=start,
-            end_id=end,
-        )
+        return Shares(1 - time, time, torch.zeros_like(time))
 
-    @property
-    def forbidden_ids(self) -> tuple[int, ...]:
-        """The ids that no bridge may choose."""
-        named = {self.mask_id, self.pad_id, self.start_id, self.end_id, *self.special_ids}
-        allowed = {None} if self.end == "placed" else {None, self.end_id}
-        return tuple(sorted(i for i in named - allowed if i is not None))
+    def slopes(self, time: Time) -> Shares:
+        """The derivatives of `shares`, written out.
 
-    def forbid(self, logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
-        """Logits with the forbidden ids at minus infinity."""
-        allowed = logits.clone()
-        for forbidden in self.forbidden_ids:  # a few slices: an index tensor would be copied over
-            allowed[..., forbidden] = -math.inf
-        return allowed
-
-    def taught(self, attention_mask: Mask) -> Mask:
-        """The positions that the decoder's losses count: the kept ones, and `taught_padding`.
-
-        Examples:
-            >>> text = TextProcess(mask_id=2, vocab_size=6, pad_id=0, taught_padding="first")
-            >>> text.taught(torch.tensor([[True, True, False, False]]))
-            tensor([[ True,  True,  True, False]])
+        A subclass with shares of its own need not: they are then found by forward differentiation,
+        for which `torch.compile` makes a graph for each number of rows.
         """
-        match self.taught_padding:
-            case "none":
-                return attention_mask
-            case "first":
-                behind = _behind(attention_mask)
-                return attention_mask | (behind & (behind.cumsum(dim=1) == 1))
-            case "all":
-                return attention_mask | _behind(attention_mask)
+        return Shares(-torch.ones_like(time), torch.ones_like(time), torch.zeros_like(time))
 
-    def as_text(
+    def derivatives(self, time: Time) -> Shares:
+        """How fast the shares grow, at times between 0 and 1."""
+        return self.slopes(time) if self._written else derivatives(self.shares, time)
+
+    def noised(
         self,
-        tokens: AnyTokens,
-        attention_mask: MaskLike,
+        tokens: Tokens,
+        attention_mask: Mask,
+        time: Time,
         *,
-        prefix: str = "",
-        rows: Rows | None = None,
-        relaxed: bool = False,
-    ) -> tuple[Tensor, Mask]:
-        """A text at the door: int64 ids, or `relaxed` ones where that is allowed, and a bool mask.
+        generator: torch.Generator | None = None,
+    ) -> Noised:
+        """Noise each taught token independently, as its row's time says.
 
-        Raises:
-            TypeError: no tensors, or of another kind.
-            ValueError: wrong shapes, ids out of range, a mask of other values than 0 and 1, rows
-                that keep nothing, or a mask that is True at padding, as far as that can be told:
-                where it keeps `pad_id`, or nothing else where that also starts or ends a text.
+        Examples:
+            >>> text = TextProcess(mask_id=2, vocab_size=6, pad_id=0)
+            >>> tokens, mask = torch.tensor([[3, 4, 0]]), torch.tensor([[True, True, False]])
+            >>> text.noised(tokens, mask, torch.ones(1)).tokens
+            tensor([[2, 2, 0]])
         """
-        name, mask_name = f"{prefix}tokens", f"{prefix}attention_mask"
-        known = checks.as_any_tokens if relaxed else checks.as_tokens
-        tokens = known(name, tokens, self.vocab_size)
-        mask = checks.as_mask(mask_name, attention_mask, tokens.shape[:2])
-        checks.check_kept(mask_name, mask, rows)
-        if self.pad_id is None or tokens.ndim == 3 or not checks.reads_values(tokens):
-            return tokens, mask
-        padding = tokens == self.pad_id
-        bad = (mask & padding).any(dim=1)
-        if self.pad_id in (self.start_id, self.end_id):
-            bad = ~(mask & ~padding).any(dim=1) & (~mask & ~padding).any(dim=1)
-        if rows is not None:
-            bad = bad & rows
-        if bool(bad.any()):
-            raise ValueError(
-                f"`{mask_name}` keeps positions of `{name}` that hold the padding id {self.pad_id},"
-                f" in {int(bad.sum())} of {len(bad)} rows (first: row {int(bad.long().argmax())}): "
-                "True = keep, so give ~mask where yours is True at padding, and tokens != pad_id "
-                "where yours keeps everything; where the padding id also ends texts, say so to the "
-                f"text process with end_id={self.pad_id}"
-            )
-        return tokens, mask
+        now, taught = self.shares(time), self.taught(attention_mask)
+        draw = torch.rand(
+            tokens.shape, dtype=torch.float32, device=tokens.device, **seeded(generator)
+        )
+        hidden = taught & (draw < (now.masked + now.random)[:, None])
+        noise = self.noise(attention_mask, time, generator=generator)
+        tokens = torch.where(hidden, noise.to(tokens.dtype), self.pad(tokens, attention_mask))
+        return Noised(tokens, taught if self.replaces else hidden)
 
-    def targets(self, tokens: AnyTokens, attention_mask: Mask) -> tuple[AnyTokens, Mask]:
-        """What the decoder is to write, and the positions that count."""
-        return self.pad(tokens, attention_mask), self.taught(attention_mask)
+    def noise(
+        self, attention_mask: Mask, time: Time, *, generator: torch.Generator | None = None
+    ) -> Tokens:
+        """What noise puts at the taught positions at a time, and padding elsewhere."""
+        noise = torch.full(attention_mask.shape, self.null_id, device=attention_mask.device)
+        if self.replaces:
+            draws: Any = {"device": noise.device, **seeded(generator)}
+            random = torch.randint(self.noise_ids, noise.shape, **draws)
+            if self.mask_id is not None:  # all ids but the mask
+                random = random + (random >= self.mask_id)
+            now = self.shares(time)
+            masked = torch.rand(noise.shape, dtype=torch.float32, **draws) * (1 - now.kept)[:, None]
+            noise = torch.where(masked < now.masked[:, None], noise, random)
+        return self.pad(noise, self.taught(attention_mask))
+
+    def at_full_noise(
+        self, attention_mask: Mask, *, generator: torch.Generator | None = None
+    ) -> Tokens:
+        """The text at time 1, of which nothing is left: what L2T starts from."""
+        time = torch.ones(len(attention_mask), device=attention_mask.device)
+        return self.noise(attention_mask, time, generator=generator)
 
     def fully_masked(self, attention_mask: Mask) -> Tokens:
-        """The text at time 1: the mask id at every taught position, padding elsewhere."""
-        tokens = torch.full(attention_mask.shape, self.mask_id, device=attention_mask.device)
-        return self.pad(tokens, self.taught(attention_mask))
+        """The mask id at every taught position, padding elsewhere: the text at time 1.
 
-    def pad(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
-        """Tokens with the padding id where the mask is False."""
-        return _put(tokens, ~attention_mask, self.fill_id)
+        Raises:
+            ValueError: a process without a mask.
+        """
+        self._need_mask("at_full_noise")
+        tokens = torch.full(attention_mask.shape, self.null_id, device=attention_mask.device)
+        return self.pad(tokens, self.taught(attention_mask))
 
     def mask(
         self,
@@ -225,85 +185,76 @@ class TextProcess:
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tokens, Mask]:
-        """Mask each taught token independently with its row's rate.
+        """`noised`, by the name that it has where noise is masks.
 
-        Returns:
-            The noised tokens `[b, s]`, and which of them were masked.
+        Raises:
+            ValueError: a process without a mask.
         """
-        draw = torch.rand(
-            tokens.shape, dtype=torch.float32, device=tokens.device, **seeded(generator)
-        )
-        masked = self.taught(attention_mask) & (draw < rate[:, None])
-        return self.pad(tokens, attention_mask).masked_fill(masked, self.mask_id), masked
-
-    def frame(self, tokens: AnyTokens, attention_mask: Mask) -> AnyTokens:
-        """Place the first and last token of a text, and its padding."""
-        tokens = self.pad(tokens, attention_mask)
-        for places, token_id in self._placed(attention_mask):
-            tokens = _put(tokens, places, token_id)
-        return tokens
-
-    def chosen(self, attention_mask: Mask) -> Mask:
-        """The kept positions whose word a bridge chooses: all but the placed ones."""
-        for places, _ in self._placed(attention_mask):
-            attention_mask = attention_mask & ~places
-        return attention_mask
-
-    def cut(self, tokens: AnyTokens, attention_mask: Mask) -> tuple[AnyTokens, Mask]:
-        """End pseudo-texts at their first predicted end; unchanged where the end is placed.
-
-        A relaxed text ends where the end is its most probable word.
-        """
-        if self.end == "placed" or self.end_id is None:
-            return tokens, attention_mask
-        words = tokens.argmax(dim=-1) if tokens.is_floating_point() else tokens
-        ends = attention_mask & words.eq(self.end_id)
-        attention_mask = attention_mask & (ends.cumsum(dim=1) - ends.long() == 0)
-        return self.pad(tokens, attention_mask), attention_mask
-
-    def _placed(self, attention_mask: Mask) -> Iterator[tuple[Mask, int]]:
-        """Where tokens are placed, and which."""
-        if self.start_id is not None:
-            yield attention_mask & (attention_mask.cumsum(1) == 1), self.start_id
-        if self.end_id is not None and self.end == "placed":
-            yield attention_mask & (attention_mask.flip(1).cumsum(1).flip(1) == 1), self.end_id
+        self._need_mask("noised")
+        return self.noised(tokens, attention_mask, rate, generator=generator)
 
     @property
-    def fill_id(self) -> int:
-        """The id of padding; the mask id where there is none."""
-        return self.mask_id if self.pad_id is None else self.pad_id
+    def noise_ids(self) -> int:
+        """The number of ids that random words are drawn from: all but the mask."""
+        return self.vocab_size - (self.mask_id is not None)
 
+    def time_of(self, hidden: Time) -> Time:
+        """The times at which these shares of the words are noise."""
+        if self._linear:
+            return hidden
+        low, high = torch.zeros_like(hidden), torch.ones_like(hidden)
+        for _ in range(24):  # to the precision of fp32
+            middle = (low + high) / 2
+            more = self._hidden(middle) < hidden
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        return high
 
-def _frame_of(tokenizer: Any) -> tuple[int | None, int | None]:
-    """The ids that a tokenizer puts in front of a text and behind it."""
-    kind, ask = type(tokenizer).__name__, getattr(tokenizer, "encode", None)
-    if not callable(ask):
-        raise ValueError(
-            f"`tokenizer` ({kind}) has no `encode(text, add_special_tokens=...)`, so it cannot be "
-            "asked which tokens it adds to a text; write TextProcess(mask_id=..., vocab_size=..., "
-            "start_id=..., end_id=...) with what your texts carry"
-        )
-    framed, bare = (list(ask("a", add_special_tokens=added)) for added in (True, False))
-    places = range(len(framed) - len(bare) + 1)
-    place = next((i for i in places if framed[i : i + len(bare)] == bare), None)
-    if place is None or not bare or place > 1 or len(framed) - place - len(bare) > 1:
-        raise ValueError(
-            f"`tokenizer` ({kind}) makes {framed} of a text that is {bare} without special tokens: "
-            "a text process places one token in front of a text and one behind at most; tokenize "
-            "without special tokens, and write TextProcess(mask_id=..., vocab_size=...) yourself"
-        )
-    behind = framed[place + len(bare) :]
-    return framed[0] if place else None, behind[0] if behind else None
+    def counted_share(self, time: Number | TimePolicy) -> Number | None:
+        """The share of taught positions that count, at a time or in the mean over a policy's.
 
+        None where the cap of the policy moves with the step.
+        """
+        if self.replaces:
+            return 1.0
+        if isinstance(time, TimePolicy):
+            return time.average(None if self._linear else self._hidden)
+        return time if self._linear else self._hidden(torch.tensor([float(time)])).item()
 
-def _behind(attention_mask: Mask) -> Mask:
-    """The positions after the last kept one."""
-    return attention_mask.flip(1).cumsum(dim=1).flip(1) == 0
+    def _hidden(self, time: Time) -> Time:
+        return 1 - self.shares(time).kept
 
+    def weigh(self, errors: Float[Tensor, "b s"], time: Time) -> Float[Tensor, "b s"]:
+        """The errors of masked words as the bound weighs them: `1/t`, at most 1000, for the mask.
 
-def _put(tokens: AnyTokens, places: Mask, token_id: int) -> AnyTokens:
-    """Tokens with an id at some places: in a relaxed text its one-hot row, which is constant."""
-    if not tokens.is_floating_point():
-        return tokens.masked_fill(places, token_id)
-    one_hot = torch.arange(tokens.shape[-1], device=tokens.device) == token_id
-    return torch.where(places[..., None], one_hot.to(tokens.dtype), tokens)
+        In general `masked'/masked`, the slope of the share over the share. It has no finite
+        variance at time 0; what is left out there masks next to nothing. Where noise is random
+        words, the shares alone say what a bound weighs.
+        """
+        flow = self.derivatives(inside(time)).masked
+        return errors * flow[:, None] / self.shares(time).masked.clamp(min=1e-3)[:, None]
+
+    def check_bound(self) -> None:
+        """Refuse noise of one's own whose weights in the bound are those of another.
+
+        Raises:
+            ValueError: a class with a `noised` or `noise` of its own, and a `weigh` that it
+                inherits; or one whose noise is random words, which are weighed by `shares` alone.
+        """
+        kinds, weigh = type(self).__mro__, self._defined("weigh")
+        own = min(self._defined("noised"), self._defined("noise"))
+        shared = kinds.index(TextProcess)
+        if own < (shared if self.replaces else weigh):
+            mend = "" if self.replaces else "write its `weigh`, or "
+            raise ValueError(
+                f"{kinds[own].__name__} has a noise of its own, and weighs errors in the bound as "
+                f"{kinds[shared if self.replaces else weigh].__name__}, whose noise is another: "
+                f"{mend}say how it differs by `shares` alone, which noise and weights both follow"
+            )
+
+    def _defined(self, name: str) -> int:
+        """How far up the classes of this process a method is defined."""
+        return next(i for i, kind in enumerate(type(self).__mro__) if name in vars(kind))
+
+    def _need_mask(self, other: str) -> None:
+        if self.mask_id is None:
+            raise ValueError(f"{type(self).__name__} has no mask: use `{other}`")

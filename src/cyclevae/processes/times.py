@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from cyclevae._base.checks import check_choice, check_positive
 from cyclevae._base.draws import seeded
@@ -92,8 +93,8 @@ class TimePolicy:
             self._check_cap(f"high({step})", cap)
         return cap
 
-    def average(self) -> float | None:
-        """The expected time; None where the cap moves with the step.
+    def average(self, of: Callable[[Tensor], Tensor] | None = None) -> float | None:
+        """The expected time, or that `of` a function; None where the cap moves with the step.
 
         Examples:
             >>> TimePolicy("uniform", low=0.5).average()
@@ -102,10 +103,15 @@ class TimePolicy:
         if callable(self.high):
             return None
         share = {"full": 1.0, "uniform": 0.5}.get(self.distribution)
-        if share is None:
-            u = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096
-            share = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).mean().item()
-        return self.low + (self.high - self.low) * share
+        if share is not None and of is None:
+            return self.low + (self.high - self.low) * share
+        u = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096
+        if self.distribution == "logit_normal":
+            u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        if of is None:
+            return self.low + (self.high - self.low) * u.mean().item()
+        times = self.high + 0 * u if share == 1 else self.low + (self.high - self.low) * u
+        return of(times).mean().item()
 
     def __call__(
         self,

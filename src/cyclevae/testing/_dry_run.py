@@ -39,6 +39,7 @@ class DryRun(NamedTuple):
     tokens: Tensor
     latents: Tensor
     mask: Tensor
+    hidden: Tensor
     seed: int = 0
 
     @classmethod
@@ -58,12 +59,13 @@ class DryRun(NamedTuple):
         chosen = torch.randint(len(words), mask.shape, generator=generator)
         tokens = text_process.frame(torch.tensor(words)[chosen], mask).to(device)
         latents = torch.randn(len(lengths), *shape, generator=generator).to(device, dtype)
-        return cls(denoiser, text_process, tokens, latents, mask.to(device))
+        hidden = text_process.at_full_noise(mask, generator=generator).to(device)
+        return cls(denoiser, text_process, tokens, latents, mask.to(device), hidden)
 
     def denoise(self, mode: Mode, tokens: Tensor, padding: int | None = None) -> Denoised:
         """One forward, from one random state."""
         if mode.text_time == 1:
-            tokens = self.text_process.fully_masked(self.mask)
+            tokens = self.hidden
         if padding is not None:
             tokens = tokens.masked_fill(~self.mask, padding)
         time = torch.ones(len(tokens), device=tokens.device)
@@ -92,7 +94,8 @@ class DryRun(NamedTuple):
 
     def row(self) -> "DryRun":
         """The first row alone."""
-        return self._replace(tokens=self.tokens[:1], latents=self.latents[:1], mask=self.mask[:1])
+        one = {name: getattr(self, name)[:1] for name in ("tokens", "latents", "mask", "hidden")}
+        return self._replace(**one)
 
     def other_words(self, places: Tensor) -> "DryRun":
         """Each chosen word at some places `[b, s]` replaced by the next one that may be chosen."""

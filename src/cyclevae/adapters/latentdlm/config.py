@@ -20,9 +20,9 @@ from cyclevae.objective.config import parse
 from cyclevae.objective.objective import CycleObjective
 from cyclevae.objective.term import Weight
 from cyclevae.objective.terms.prior import Prior
+from cyclevae.processes.ids import TaughtPadding
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.schedules import Ramp, ramp, take_turns
-from cyclevae.processes.text import TaughtPadding
 from cyclevae.processes.times import TimePolicy
 
 _HOSTS_OWN = ("loss_type", "loss_scale", "reduction", "use_cross_entropy", "text_kl_weight")

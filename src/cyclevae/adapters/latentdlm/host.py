@@ -10,8 +10,9 @@ from cyclevae._base import checks
 from cyclevae._base.types import Latents, Mask, Need, Prediction, Time, Tokens
 from cyclevae.gradient_policy.roles import Roles, matches
 from cyclevae.model.denoiser import Denoised
+from cyclevae.processes.ids import TaughtPadding
 from cyclevae.processes.latent import LatentProcess
-from cyclevae.processes.text import TaughtPadding, TextProcess
+from cyclevae.processes.text import TextProcess
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "x0": "x0", "v_param": "v"}
 _HEADS = ("text_head", "text_head_clusters")

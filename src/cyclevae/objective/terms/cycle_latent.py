@@ -122,8 +122,10 @@ class CycleLatent(UnpairedTerm):
         return {"": read * errors_per_row(rows.latents, self.distance)}
 
     def check(self, setting: Setting) -> None:
-        """The latent that is read off must be well-conditioned."""
+        """The latent that is read off must be well-conditioned, and a bound have its weights."""
         setting.latent_process.refuse_ill_conditioned(highest(self.time))
+        if TextBridge.of(self.bridge).marginal_weight:
+            setting.text_process.check_bound()
 
     def check_step(self, step: Step) -> None:
         """Latents are needed, and a prediction that still is well-conditioned."""

@@ -51,6 +51,10 @@ class TextMarginal(UnpairedTerm):
                 "of 'rloo' in the latent cycle"
             )
 
+    def check(self, setting: Setting) -> None:
+        """Weights of a bound are needed."""
+        setting.text_process.check_bound()
+
     @property
     def decodes(self) -> Decode:
         """The pass that writes a text."""

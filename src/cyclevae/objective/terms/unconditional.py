@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch.nn.functional as F
 
 from cyclevae._base import checks
-from cyclevae._base.types import Count, Number, Scalar
+from cyclevae._base.types import Count, Number, Scalar, TextWeighting
 from cyclevae.losses.latent import check_some_weight, check_weighting, errors_per_row
 from cyclevae.losses.unconditional import unconditional_loss
 from cyclevae.objective.requests import Own, Request
@@ -32,7 +32,9 @@ class Unconditional(Term):
 
     Attributes:
         latent_time: of the latents, a number or a `TimePolicy`; stratified uniform if None.
-        null_text_rate: the share of pairs whose text is fully masked, the state that the priors
+        text_weighting: of the text, its `bound`, `1/t` for masks, or the `mean` over masked words
+            (all of them where noise is random words).
+        null_text_rate: the share of pairs whose text is at full noise, the state that the priors
             `learned` and `ddvi` and guidance read; if None, 0.1 beside one of them, else 0.
         latent_weighting: of latents by their times, `LogitNormal(...)` or a function: see
             `unconditional_loss`.
@@ -46,6 +48,7 @@ class Unconditional(Term):
     """
 
     latent_time: Number | TimePolicy | None = None
+    text_weighting: TextWeighting = "bound"
     null_text_rate: Number | None = None
     latent_weighting: LatentWeighting | None = None
 
@@ -61,6 +64,7 @@ class Unconditional(Term):
         super().__post_init__()
         if self.latent_time is not None:
             check_time("latent_time", self.latent_time)
+        checks.check_choice("text_weighting", self.text_weighting, get_args(TextWeighting))
         if self.null_text_rate is not None:
             checks.check_share("null_text_rate", self.null_text_rate)
         check_weighting("latent_weighting", self.latent_weighting)
@@ -75,17 +79,25 @@ class Unconditional(Term):
         return (Own(does="both parts noised"),)
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
-        """Words less those that a null rate leaves out, and elements."""
+        """Words less those that a null rate leaves out, and elements.
+
+        In a mean, of the words that are expected to count.
+        """
         rows = rows.part(self.rows)
         words, latents = rows.words(setting.text_process), rows.present()[1]
         left_out = self._null_rate(setting) * words[: rows.paired].sum()
+        share: Number | None = 1
+        if self.text_weighting == "mean":
+            share = setting.text_process.counted_share(UNIFORM)
         return {
-            "text": words.sum() - left_out,
+            **({} if share is None else {"text": (words.sum() - left_out) * share}),
             "latent": latents.sum() * errors_per_row(rows.latents),
         }
 
     def check(self, setting: Setting) -> None:
-        """A weight must weigh something at these times."""
+        """A weight must weigh something at these times, and a bound have its weights."""
+        if self.text_weighting == "bound":
+            setting.text_process.check_bound()
         if self.latent_weighting is not None:
             times = between(UNIFORM if self.latent_time is None else self.latent_time)
             check_some_weight(
@@ -123,6 +135,7 @@ class Unconditional(Term):
             has_text=has_text,
             has_latent=rows.has_latent,
             latent_time=time,
+            text_weighting=self.text_weighting,
             latent_weighting=self.latent_weighting,
             generator=step.generator,
             text_count=step.denominator("text"),
