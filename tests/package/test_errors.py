@@ -197,7 +197,7 @@ PASSES = cases(
     one_axis=(
         lambda spy, g: cv.l2t(spy, Z[0], MASK, text_process=TEXT),
         ValueError,
-        "`latents` must be latents of shape [b, d] or [b, n, d], got float32 [4]",
+        "`latents` must be latents of shape [b, d], [b, n, d] or [b, c, h, w], got float32 [4]",
     ),
     nan=(
         lambda spy, g: latent_cycle(spy, NAN, generator=g),
@@ -511,7 +511,7 @@ def test_noise_and_latents_are_not_broadcast():
     prior_latents=(
         lambda: cv.moment_prior(Z[0]),
         ValueError,
-        "`z` must be latents of shape [b, d] or [b, n, d], got float32 [4]",
+        "`z` must be latents of shape [b, d], [b, n, d] or [b, c, h, w], got float32 [4]",
     ),
 )
 def test_options(call, exception, words):

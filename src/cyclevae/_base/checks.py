@@ -213,10 +213,12 @@ def check_latents(
     *,
     cure: str = "drop or repair these rows",
 ) -> None:
-    """Latents are finite floats `[b, d]` or `[b, n, d]`; `shape` is that of one sample."""
+    """Latents are finite floats of any shape after the batch; `shape` is that of one sample."""
     check_tensor(name, latents)
-    if latents.ndim not in (2, 3) or (shape is not None and list(latents.shape[1:]) != list(shape)):
-        wanted = "[b, d] or [b, n, d]" if shape is None else f"[b, {', '.join(map(str, shape))}]"
+    if latents.ndim < 2 or (shape is not None and list(latents.shape[1:]) != list(shape)):
+        wanted = "[b, d], [b, n, d] or [b, c, h, w]"
+        if shape is not None:
+            wanted = f"[b, {', '.join(map(str, shape))}]"
         raise ValueError(
             f"`{name}` must be latents of shape {wanted}, got {_describe(latents)}"
             + _squeeze_hint(latents)
@@ -227,6 +229,15 @@ def check_latents(
             "if these are latents and not another argument"
         )
     check_finite(name, latents, cure)
+
+
+def check_vectors(name: str, value: object, shape: Sequence[int], *, cure: str) -> None:
+    """Refuse what acts on vectors where latents, of which `shape` is that of one, hold none."""
+    if len(shape) > 2:
+        raise ValueError(
+            f"`{name}` = {value!r} acts on vectors, the last axis of latents [b, d] or [b, n, d]; "
+            f"of [b, {', '.join(map(str, shape))}] that is none: {cure}"
+        )
 
 
 def check_finite(name: str, tensor: Tensor, cure: str) -> None:
@@ -284,11 +295,12 @@ def check_row_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
 
 
 def check_variance(name: str, variance: Number | Tensor, shape: Sequence[int]) -> None:
-    """A variance is above 0: a number, or a tensor in the shape of one latent or `[d]`."""
+    """A variance is above 0: a number, or a tensor in the shape of one latent, or `[d]`."""
     check_number(name, variance)
     if not isinstance(variance, Tensor):
         return check_positive(name, variance)
-    if variance.ndim and variance.shape not in (torch.Size(shape), torch.Size(shape[-1:])):
+    vector = shape[-1:] if len(shape) <= 2 else shape  # which axis of an image is none
+    if variance.ndim and variance.shape not in (torch.Size(shape), torch.Size(vector)):
         raise ValueError(
             f"`{name}` must be a number or have the shape of one latent {list(shape)}, "
             f"got {list(variance.shape)}"

@@ -12,7 +12,7 @@ AnyTokens = Tokens | RelaxedTokens
 Mask = Bool[Tensor, "b s"]
 MaskLike = Shaped[Tensor, "b s"]  # True = keep; integers and 0/1 floats are made bool at the door
 Logits = Float[Tensor, "b s v"]
-Latents = Float[Tensor, "b *n d"]  # [b, d] or [b, n, d]
+Latents = Float[Tensor, "b *n d"]  # [b, d], [b, n, d], [b, c, h, w], ...
 Rows = Bool[Tensor, " b"]
 Time = Float[Tensor, " b"]  # 0 clean, 1 full noise
 Scalar = Float[Tensor, ""]

@@ -1,6 +1,7 @@
 """Latent bridges: from a text to the `z_hat` that crosses a text cycle."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +39,7 @@ class LatentBridge:
         noise: standard deviation of the noise on what crosses.
         threshold: `c` of dynamic thresholding; 2.81 is the quantile 0.995 of `|N(0, 1)|`.
         quantile: of dynamic thresholding.
-        norm: the length to which each vector (over the last axis) is scaled.
+        norm: the length to which each vector is scaled, the last axis of `[b, d]` or `[b, n, d]`.
 
     Raises:
         ValueError: fewer than 1 step, negative noise, a threshold or norm that is not above 0, a
@@ -86,11 +87,18 @@ class LatentBridge:
 
     def normed(self, z: Latents) -> Latents:
         """Each vector at length `norm`; unchanged without one."""
+        self.check_shape(z.shape[1:])
         return z if self.norm is None else (self.norm * direction(z)).to(z.dtype)
 
     def read(self, encoded: T2L, latent_process: LatentProcess) -> Latents:
         """The guarded latent of the last pass of the encoder."""
         return self.normed(self.thresholded(encoded.z_hat(latent_process)))
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse a `norm` where latents, of which this is the shape of one, hold no vectors."""
+        if self.norm is not None:
+            cure = "hold their size by `threshold`, or by a prior"
+            checks.check_vectors("norm", self.norm, shape, cure=cure)
 
     def noised(self, z_hat: Latents, *, generator: torch.Generator | None = None) -> Latents:
         """What crosses to the decoder: `z_hat` with `noise`, drawn with `generator`."""
@@ -166,8 +174,8 @@ def encode_text(
             through all; `freeze_bridge` says which parameters do not.
 
     Raises:
-        ValueError: wrong shapes or values, or a prediction whose gain at `time` is above
-            `max_gain`; the message lists the cures.
+        ValueError: wrong shapes or values, a norm of latents that hold no vectors, or a prediction
+            whose gain at `time` is above `max_gain`; the message lists the cures.
         RuntimeError: a `freeze_bridge` over reentrant activation checkpointing.
 
     Reference: DDIM, https://arxiv.org/abs/2010.02502; gradient through the last step alone, ITIT,
@@ -185,6 +193,7 @@ def encode_text(
         >>> z_hat.shape, z_hat.requires_grad
         (torch.Size([3, 4]), True)
     """
+    bridge.check_shape(latent_process.shape or () if noise is None else noise.shape[1:])
     latent_process.refuse_ill_conditioned(time)
     times = [time * (1 - k / bridge.steps) if k else time for k in range(bridge.steps)]
     z_t = None

@@ -40,7 +40,7 @@ def unmask_text(
 
     Args:
         denoiser: the model.
-        latents: clean latents, `[b, d]` or `[b, n, d]`.
+        latents: clean latents, `[b, ...]`.
         attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
         text_process: the text process.
         steps: number of passes.

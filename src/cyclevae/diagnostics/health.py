@@ -76,7 +76,7 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
     In float64 on the CPU, so that a collapse is not hidden by rounding.
 
     Args:
-        z: `[b, d]` or `[b, n, d]` (one vector of `n d` numbers).
+        z: `[b, ...]`, each row one vector of `D` numbers.
         mean: of the target, a number or in the shape of one latent: the stored statistics.
         variance: of the target, above 0.
 
@@ -118,7 +118,7 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
     Equal latents, as of equal texts, are one: a text finds its own where it finds its equal.
 
     Args:
-        z_hat: latents of the encoder, `[b, d]` or `[b, n, d]` (one vector of `n d` numbers).
+        z_hat: latents of the encoder, `[b, ...]`, each row one vector.
         latents: the true latents of the same rows.
         k: neighbours that are counted for the hubs.
 

@@ -40,7 +40,7 @@ def infonce_loss(
     reduction, and its value on half a batch is another.
 
     Args:
-        z_hat: latents of the encoder, `[b, d]` or `[b, n, d]` (one vector of `n d` numbers).
+        z_hat: latents of the encoder, `[b, ...]`, each row one vector.
         latents: the true latents of the same rows, of equal shape.
         temperature: of the scores.
         critic: `cosine` or `euclidean`.

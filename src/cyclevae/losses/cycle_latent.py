@@ -130,7 +130,7 @@ def cycle_latent_loss(
             "bridge, which weighs texts by their probability, draw its own"
         )
     checks.check_choice("reduction", reduction, get_args(Reduction))
-    check_distance("distance", distance)
+    check_distance("distance", distance, latents.shape[1:])
     checks.check_latents("latents", latents, latent_process.shape)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = checks.as_mask("attention_mask", attention_mask)

@@ -1,6 +1,6 @@
 """The base loss of the encoder direction, and the distance of latents that others share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -52,20 +52,22 @@ def latent_loss(
     A vector shorter than 1e-8 has no direction, and gets no gradient from them.
 
     Args:
-        prediction: `[b, d]` or `[b, n, d]`.
+        prediction: `[b, ...]`; the other distances are of vectors, in `[b, d]` and `[b, n, d]`.
         target: of equal shape; nothing is broadcast.
         distance: `mse`, `cosine`, `normalized_mse`, or a function of prediction and target that
             returns an error per element.
         weight: of each row `[b]`, such as `min_snr_weight`; the denominator stays the same.
-        variance: of the Gaussian whose negative log-density `nats` is, a number or `[d]`.
+        variance: of the Gaussian whose negative log-density `nats` is, a number, `[d]` or in
+            the shape of one latent.
         reduction: `mean` over elements (`cosine`: vectors), `sum`, `none` (the shape of the
             latents; `cosine`: without the last axis) or, for `mse`, `nats` (half the squared error
             over `variance`, summed over dimensions, mean over rows).
         count: the denominator in place of this batch's own: see `text_loss`.
 
     Raises:
-        ValueError: unequal shapes, an unknown distance or reduction, `nats` of another distance
-            than `mse`, a negative weight, a variance that is not above 0.
+        ValueError: unequal shapes, an unknown distance or reduction, a distance of vectors between
+            latents that hold none, `nats` of another distance than `mse`, a negative weight, a
+            variance that is not above 0.
 
     Reference: `normalized_mse` is the latent loss of LGDLM's trainer, with its 1e-8,
     https://github.com/Joshua-Zhang-Jiaquan/LGDLM.
@@ -81,7 +83,7 @@ def latent_loss(
         tensor(1.)
     """
     checks.check_same_shape("prediction", prediction, "target", target)
-    check_distance("distance", distance)
+    check_distance("distance", distance, prediction.shape[1:])
     checks.check_variance("variance", variance, prediction.shape[1:])
     if reduction == "nats" and distance != "mse":
         raise ValueError(
@@ -104,10 +106,17 @@ def latent_loss(
     return reduce_latents(error, reduction=reduction, variance=variance, count=count)
 
 
-def check_distance(name: str, distance: AnyDistance) -> None:
-    """Refuse an unknown distance of latents; a function is taken as it is."""
-    if not callable(distance):
-        checks.check_choice(name, distance, get_args(LatentDistance))
+def check_distance(name: str, distance: AnyDistance, shape: Sequence[int] = ()) -> None:
+    """Refuse an unknown distance, or one of vectors where latents of a shape hold none.
+
+    A function is taken as it is.
+    """
+    if callable(distance):
+        return
+    checks.check_choice(name, distance, get_args(LatentDistance))
+    if distance != "mse":
+        cure = "use 'mse', or a function of one's own"
+        checks.check_vectors(name, distance, shape, cure=cure)
 
 
 def errors_per_row(latents: Latents | None, distance: AnyDistance = "mse") -> int:
@@ -225,7 +234,7 @@ def t2l_loss(
         >>> loss.shape
         torch.Size([])
     """
-    check_distance("distance", distance)
+    check_distance("distance", distance, latents.shape[1:])
     tokens, attention_mask = text_process.as_text(tokens, attention_mask)
     space = latent_process.prediction if space is None else space
     latent_process.check_space("space", space)

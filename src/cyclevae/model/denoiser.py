@@ -65,7 +65,7 @@ class Denoiser(Protocol):
         Args:
             tokens: ids `[b, s]`, masked as `text_time` says. The differentiable text bridges give
                 a clean text relaxed, as floats `[b, s, v]`: `embed_tokens` takes both.
-            latents: `[b, d]` or `[b, n, d]`, noised as `latent_time` says.
+            latents: `[b, ...]`, such as `[b, d]` or `[b, c, h, w]`, noised as `latent_time` says.
             text_time: `[b]` in [0, 1]; 0 clean, 1 fully masked.
             latent_time: `[b]` in [0, 1]; 0 clean, 1 pure noise.
             attention_mask: bool `[b, s]`, True = keep.

@@ -39,7 +39,7 @@ def l2t(
 
     Args:
         denoiser: the model.
-        latents: clean latents, `[b, d]` or `[b, n, d]`.
+        latents: clean latents, `[b, ...]`.
         attention_mask: `[b, s]`, True = keep: the lengths of the texts to write.
         text_process: the text process.
         tokens: a text in which only some words are noise, as `unmask_text` makes them; at full
@@ -170,7 +170,7 @@ def l2t_and_t2l(
 
     Args:
         denoiser: the model, which reads each row by itself and ignores padding.
-        latents: to decode, `[b, d]` or `[b, n, d]`.
+        latents: to decode, `[b, ...]`.
         lengths: `[b, s]`, True = keep: of the texts to write.
         tokens: to encode, `[c, t]`.
         attention_mask: theirs, True = keep.

@@ -13,10 +13,10 @@ class Batch(NamedTuple):
     Attributes:
         tokens: clean ids of the paired texts `[b, s]`.
         attention_mask: theirs, `[b, s]`, True = keep.
-        latents: clean latents of the same rows, `[b, d]` or `[b, n, d]`.
+        latents: clean latents of the same rows, `[b, d]`, `[b, n, d]`, `[b, c, h, w]`, ...
         unpaired_tokens: `[b', s']`.
         unpaired_attention_mask: `[b', s']`.
-        unpaired_latents: `[b'', d]` or `[b'', n, d]`; they carry no length.
+        unpaired_latents: `[b'', ...]`; they carry no length of text.
         pseudo_text_mask: `[b'', s'']`, the lengths of the texts to be written for the unpaired
             latents; drawn from the batch's own texts if not given.
         has_text: bool `[b]`, which of the paired rows really have a text; all if not given. What

@@ -106,9 +106,13 @@ def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
     """Refuse what the plan cannot run on this batch and network; the rows that it can run on."""
     for name in ("denoiser", "teacher"):
         check_predicts(name, getattr(step, name), step.latent_process)
+    latents = step.rows.latents
+    shape = step.latent_process.shape if latents is None else latents.shape[1:]
     for term in terms:  # also those that rest
         for request in term.passes(step.number):
             check_patterns(step.denoiser, request.freeze)
+            if isinstance(request, Encode):
+                request.bridge.check_shape(shape or ())
     for name, _, requests in step.plan.terms:
         for request in requests:
             if not isinstance(request, Own) and request.maker.by == "teacher":

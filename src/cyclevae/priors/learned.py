@@ -72,7 +72,7 @@ def learned_prior(
     Args:
         teacher: the unconditional denoiser, frozen and in eval mode: `Teacher(network).denoiser`.
             The gradient reaches `z` through it.
-        z: latents, `[b, d]` or `[b, n, d]`.
+        z: latents, `[b, ...]`.
         attention_mask: `[b, s]`, True = keep: the length of the fully masked text that the teacher
             sees. It must tell nothing of `z`: see `draw_lengths`.
         text_process: the text process.

@@ -60,7 +60,7 @@ def mmd_prior(
     in rows, which should be in random order; an odd last one is dropped.
 
     Args:
-        z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `D = n d` numbers).
+        z: latents `[b, ...]`; a sample is one vector of `D` numbers, whatever its shape.
         kernel: `gaussian` or `imq`.
         scales: of the squared bandwidth, relative to the expected squared norm of the target.
         estimator: `unbiased` (a U-statistic), `biased` (a V-statistic) or `linear`.
@@ -69,7 +69,7 @@ def mmd_prior(
         covariance: of the target, `[D, D]`, in place of `variance`; a constant. It is decomposed in
             every call, for which torch waits for the device: for a fixed one it is cheaper to give
             `z @ Q` and the eigenvalues as `variance`.
-        reference: latents `[m, d]` or `[m, n, d]` to compare with in place of a Gaussian, no
+        reference: latents `[m, ...]` of the same shape to compare with in place of a Gaussian, no
             gradient; at least 2. `T` is then their total variance. `linear` uses as many rows of
             the longer side as the shorter has.
         bandwidth: `target`, or `median`: half the median squared distance between rows of `z` (and

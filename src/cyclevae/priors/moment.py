@@ -63,7 +63,7 @@ def moment_prior(
     device. Computed in float64.
 
     Args:
-        z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `D = n d` numbers).
+        z: latents `[b, ...]`; a sample is one vector of `D` numbers, whatever its shape.
         form: what is compared, and how.
         mean: of the target, a number or in the shape of one latent; 0 if not given.
         variance: of the target, likewise.

@@ -37,7 +37,7 @@ def sigreg_prior(
     `mmd_prior` of the projections with bandwidth 1.
 
     Args:
-        z: latents, `[b, d]` or `[b, n, d]` (a sample is then one vector of `n d` numbers).
+        z: latents `[b, ...]`; a sample is one vector, whatever its shape.
         directions: how many projections; the more, the less noise.
         knots: of the trapezoidal rule on [0, bound].
         bound: where the integral is cut off.

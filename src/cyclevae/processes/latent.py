@@ -52,8 +52,8 @@ class LatentProcess:
         prediction: what the latent head predicts.
         max_gain: refuse to read a clean latent off a prediction where `gain`, which multiplies the
             prediction's error, is above this; likewise any other prediction.
-        shape: of one latent, `(d,)` or `(n, d)`; needed only where noise must be drawn and the
-            batch holds no latents.
+        shape: of one latent, such as `(d,)`, `(n, d)` or `(c, h, w)`; needed only where noise must
+            be drawn and the batch holds no latents.
 
     Raises:
         ValueError: an unknown schedule or prediction, a bad `max_gain`, a schedule that does not
@@ -82,8 +82,11 @@ class LatentProcess:
         checks.check_positive("max_gain", self.max_gain)
         if self.shape is not None:
             shape = tuple(self.shape) if isinstance(self.shape, Iterable) else (self.shape,)
-            if len(shape) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in shape):
-                raise ValueError(f"`shape` must be (d,) or (n, d), got {self.shape!r}")
+            if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(
+                    "`shape` must be that of one latent, such as (d,), (n, d) or (c, h, w), got "
+                    f"{self.shape!r}"
+                )
             object.__setattr__(self, "shape", shape)
         # also makes the table of a discretised schedule, so that none is made while tracing
         grid = torch.linspace(0, 1, 101, device="cpu")

@@ -51,7 +51,7 @@ def check_denoiser(
         denoiser: the denoiser, in the wrappers it will be trained in.
         text_process: the text process.
         latent_process: the latent process.
-        latent_shape: of one latent, `(d,)` or `(n, d)`; that of the process if not given.
+        latent_shape: of one latent, such as `(c, h, w)`; that of the process if not given.
         device: where the network lives; that of its first parameter if not given.
         dtype: of latents; that of its first floating-point parameter if not given.
         lengths: of the texts in the batch, two or more. If not given, 7, 4 and 2, or others that

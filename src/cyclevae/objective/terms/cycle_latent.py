@@ -123,13 +123,14 @@ class CycleLatent(UnpairedTerm):
 
     def check(self, setting: Setting) -> None:
         """The latent that is read off must be well-conditioned, and a bound have its weights."""
+        check_distance("distance", self.distance, setting.latent_process.shape or ())
         setting.latent_process.refuse_ill_conditioned(highest(self.time))
         if TextBridge.of(self.bridge).marginal_weight:
             setting.text_process.check_bound()
 
     def check_step(self, step: Step) -> None:
         """Latents are needed, and a prediction that still is well-conditioned."""
-        step.rows.need_latents()
+        check_distance("distance", self.distance, step.rows.need_latents().shape[1:])
         step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
 
     def loss(self, step: Step) -> Scalar:

@@ -102,6 +102,7 @@ class Latent(Term):
         """The conversion must be sound at all times that can be told, and weigh something."""
         process = setting.latent_process
         space = self.space or process.prediction
+        check_distance("distance", self.distance, process.shape or ())
         process.check_space("space", space)
         times = between(self.time)
         for some in (times[0].item(), times[-1].item(), times):  # numbers are always checked
@@ -116,6 +117,7 @@ class Latent(Term):
     def check_step(self, step: Step) -> None:
         """Pairs are needed, and times at which the conversion is sound."""
         step.rows.need_pairs(self.name)
+        check_distance("distance", self.distance, step.rows.need_latents().shape[1:])
         if isinstance(self.time, TimePolicy) and callable(self.time.high):
             cap = highest(self.time, step.number)
             step.latent_process.refuse_ill_conditioned(cap, space=self._space(step))
