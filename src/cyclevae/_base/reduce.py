@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base.checks import check_choice, check_nonnegative
-from cyclevae._base.types import Count, Mask, Number, Reduction, Rows
+from cyclevae._base.masked import only_kept
+from cyclevae._base.types import Count, LatentMask, Mask, Number, Reduction, Rows
 
 
 def reduce_text(
@@ -40,25 +41,39 @@ def reduce_latents(
     reduction: Reduction,
     variance: Number | Tensor = 1.0,
     rows: Rows | None = None,
+    latent_mask: LatentMask | None = None,
     count: Count | None = None,
 ) -> Float[Tensor, "..."]:
     """Reduce errors per element or per vector; no row at all gives 0 with a graph.
 
     `mean` divides by their number, or by `count`; `nats` is half the (squared) error over
     `variance`, summed over dimensions, averaged over rows, or divided by `count` rows. Only `rows`
-    count, if given.
+    count, and of them what `latent_mask` keeps, if given.
     """
     check_choice("reduction", reduction, get_args(Reduction))
     number: Count = len(error)
     if rows is not None:
         error, number = only_present(error, rows), rows.sum()
+    error = only_kept(error, latent_mask)
     if reduction == "none":
         return error
     if reduction == "mean":
-        return error.sum() / _at_least_one(number * error[:1].numel() if count is None else count)
+        if count is None:
+            count = number_of_errors(error, number, rows, latent_mask)
+        return error.sum() / _at_least_one(count)
     if reduction == "nats":
         error = error / (2 * variance)
     return error.sum() / _divisor(reduction, number, count)
+
+
+def number_of_errors(
+    error: Tensor, number: Count, rows: Rows | None, latent_mask: LatentMask | None
+) -> Count:
+    """How many errors count, of a number of rows."""
+    if latent_mask is None:
+        return number * error[:1].numel()
+    kept = latent_mask if rows is None else latent_mask & rows[:, None]
+    return kept.sum() * error[:1, :1].numel()
 
 
 def only_present(values: Tensor, rows: Rows, otherwise: Number | Tensor = 0.0) -> Tensor:

@@ -13,6 +13,8 @@ Mask = Bool[Tensor, "b s"]
 MaskLike = Shaped[Tensor, "b s"]  # True = keep; integers and 0/1 floats are made bool at the door
 Logits = Float[Tensor, "b s v"]
 Latents = Float[Tensor, "b *n d"]  # [b, d], [b, n, d], [b, c, h, w], ...
+LatentMask = Bool[Tensor, "b n"]  # which vectors of latents [b, n, d] are kept
+LatentMaskLike = Shaped[Tensor, "b n"]
 Rows = Bool[Tensor, " b"]
 Time = Float[Tensor, " b"]  # 0 clean, 1 full noise
 Scalar = Float[Tensor, ""]

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.draws import seeded
-from cyclevae._base.precision import fp32
-from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
+from cyclevae._base.masked import only_kept
+from cyclevae._base.precision import fp32, fp64
+from cyclevae._base.types import LatentMask, LatentMaskLike, Latents, MaskLike, Number, Time, Tokens
 from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
 from cyclevae.model.denoiser import Denoiser
@@ -74,25 +77,33 @@ class LatentBridge:
                 "as in LatentBridge(threshold=2.81), or neither"
             )
 
-    def thresholded(self, z: Latents) -> Latents:
-        """Dynamic thresholding; unchanged without a `threshold`."""
+    def thresholded(self, z: Latents, latent_mask: LatentMask | None = None) -> Latents:
+        """Dynamic thresholding of what is kept; unchanged without a `threshold`."""
+        z = only_kept(z, latent_mask)
         if self.threshold is None:
             return z
-        sizes = fp32(z.detach()).abs().flatten(1).sort(dim=1).values
-        place = self.quantile * (sizes.shape[1] - 1)  # torch.quantile takes 2^24 numbers at most
-        below, above = sizes[:, math.floor(place)], sizes[:, math.ceil(place)]
-        limit = torch.lerp(below, above, place % 1).clamp(min=self.threshold)
+        sizes = fp32(z.detach()).abs()
+        if latent_mask is None:
+            sizes = sizes.flatten(1).sort(dim=1).values
+            place = self.quantile * (sizes.shape[1] - 1)  # torch.quantile takes 2^24 numbers
+            below, above = sizes[:, math.floor(place)], sizes[:, math.ceil(place)]
+            size = torch.lerp(below, above, place % 1)
+        else:
+            size = _quantile_of_kept(sizes, latent_mask, self.quantile)
+        limit = size.clamp(min=self.threshold)
         limit = limit.view(-1, *[1] * (z.ndim - 1))
         return (fp32(z).clamp(-limit, limit) * (self.threshold / limit)).to(z.dtype)
 
-    def normed(self, z: Latents) -> Latents:
-        """Each vector at length `norm`; unchanged without one."""
+    def normed(self, z: Latents, latent_mask: LatentMask | None = None) -> Latents:
+        """Each kept vector at length `norm`; unchanged without one."""
+        z = only_kept(z, latent_mask)
         self.check_shape(z.shape[1:])
         return z if self.norm is None else (self.norm * direction(z)).to(z.dtype)
 
     def read(self, encoded: T2L, latent_process: LatentProcess) -> Latents:
         """The guarded latent of the last pass of the encoder."""
-        return self.normed(self.thresholded(encoded.z_hat(latent_process)))
+        z_hat = self.thresholded(encoded.z_hat(latent_process), encoded.latent_mask)
+        return self.normed(z_hat, encoded.latent_mask)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse a `norm` where latents, of which this is the shape of one, hold no vectors."""
@@ -100,14 +111,20 @@ class LatentBridge:
             cure = "hold their size by `threshold`, or by a prior"
             checks.check_vectors("norm", self.norm, shape, cure=cure)
 
-    def noised(self, z_hat: Latents, *, generator: torch.Generator | None = None) -> Latents:
+    def noised(
+        self,
+        z_hat: Latents,
+        *,
+        generator: torch.Generator | None = None,
+        latent_mask: LatentMask | None = None,
+    ) -> Latents:
         """What crosses to the decoder: `z_hat` with `noise`, drawn with `generator`."""
         if self.noise == 0:
-            return z_hat
+            return only_kept(z_hat, latent_mask)
         noise = torch.randn(
             z_hat.shape, dtype=z_hat.dtype, device=z_hat.device, **seeded(generator)
         )
-        return z_hat + self.noise * noise
+        return only_kept(z_hat + self.noise * noise, latent_mask)
 
     @property
     def on_the_way(self) -> "LatentBridge":
@@ -134,6 +151,21 @@ class LatentBridge:
         return dim / 2 * math.log1p(variance / self.noise**2)
 
 
+def _quantile_of_kept(
+    sizes: Float[Tensor, "b n d"], mask: LatentMask, quantile: Number
+) -> Float[Tensor, " b"]:
+    """Of the numbers that a mask keeps in each row."""
+    sizes = torch.where(mask[..., None], sizes, -1.0).flatten(1).sort(dim=1).values
+    kept = mask.sum(dim=1) * (sizes.shape[1] // max(mask.shape[1], 1))
+    place = quantile * fp64(kept - 1).clamp(min=0) + (sizes.shape[1] - kept)
+    last = sizes.shape[1] - 1
+    below, above = (
+        sizes.gather(1, at.long().clamp(max=last)[:, None])[:, 0]
+        for at in (place.floor(), place.ceil())
+    )
+    return torch.lerp(below, above, (place % 1).to(sizes.dtype))
+
+
 ONE_SHOT = LatentBridge()
 NOISED = LatentBridge(noise=0.75)
 
@@ -151,6 +183,7 @@ def encode_text(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Latents:
     """The latent that the encoder writes of a text: `z_hat`, from pure noise.
 
@@ -172,6 +205,7 @@ def encode_text(
         generator: random state of the draw.
         policy: who learns from `z_hat`: `detach` nobody, `last` through the last pass alone, `full`
             through all; `freeze_bridge` says which parameters do not.
+        latent_mask: `[b, n]`, True = keep, of the latents `[b, n, d]` to write.
 
     Raises:
         ValueError: wrong shapes or values, a norm of latents that hold no vectors, or a prediction
@@ -210,12 +244,13 @@ def encode_text(
                 time=now,
                 noise=noise if z_t is None else None,
                 generator=generator,
+                latent_mask=latent_mask,
             )
-            z_hat = bridge.thresholded(encoded.z_hat(latent_process))
+            z_hat = bridge.thresholded(encoded.z_hat(latent_process), encoded.latent_mask)
             if policy.freeze_bridge:
                 refuse_reentrant([z_hat], bridge=noise if z_t is None else z_t)
             if last:
-                z_hat = bridge.normed(z_hat)
+                z_hat = bridge.normed(z_hat, encoded.latent_mask)
             else:
                 to = checks.as_time("time", times[k + 1], encoded.time)
                 z_t = latent_process.ddim(z_hat, encoded.z_t, encoded.time, to)

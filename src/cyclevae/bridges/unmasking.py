@@ -5,7 +5,7 @@ import math
 import torch
 
 from cyclevae._base.checks import as_mask, check_positive
-from cyclevae._base.types import Latents, Logits, MaskLike, Number, Tokens
+from cyclevae._base.types import LatentMaskLike, Latents, Logits, MaskLike, Number, Tokens
 from cyclevae.bridges.words import argmax_text, categorical_text, word_logits
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser
@@ -25,6 +25,7 @@ def unmask_text(
     logits: Logits | None = None,
     temperature: Number | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Tokens:
     """A pseudo-text `[b, s]` written in `steps` passes, the most confident words first.
 
@@ -48,6 +49,7 @@ def unmask_text(
         temperature: sample the words from `softmax(logits / temperature)` instead of taking the
             most probable ones.
         generator: random state of the draws, of words and of noise.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`.
 
     Raises:
         ValueError: wrong shapes or values, fewer than 1 step.
@@ -83,6 +85,7 @@ def unmask_text(
                     text_process=text_process,
                     tokens=torch.where(hidden, noise, written),
                     text_time=1.0 if step == 1 else time,
+                    latent_mask=latent_mask,
                 )
             if temperature is None:
                 drawn = argmax_text(logits, mask, text_process=text_process)

@@ -4,13 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import Latents, Logits, Mask, Tokens
+from cyclevae._base.masked import kept_latents, only_kept
+from cyclevae._base.types import LatentMask, Latents, Logits, Mask, Tokens
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.evaluation import evaluating
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -37,13 +40,22 @@ def check_rows(name: str, z: Tensor) -> None:
 
 
 def as_pairs(
-    tokens: Tensor, latents: Tensor, attention_mask: Tensor, text_process: TextProcess
-) -> tuple[Tensor, Mask]:
-    """The texts of pairs, which are a text and a latent for each of at least 2 rows."""
-    checks.check_latents("latents", latents)
+    tokens: Tensor,
+    latents: Tensor,
+    attention_mask: Tensor,
+    text_process: TextProcess,
+    latent_mask: Tensor | None,
+) -> tuple[Tensor, Mask, Latents, LatentMask | None]:
+    """The texts and latents of pairs, which are both for each of at least 2 rows."""
+    latents, latent_mask = kept_latents("latents", latents, latent_mask)
     checks.check_rows("tokens", tokens, "latents", latents)
     check_rows("latents", latents)
-    return text_process.as_text(tokens, attention_mask)
+    return *text_process.as_text(tokens, attention_mask), latents, latent_mask
+
+
+def another(mask: LatentMask | None) -> LatentMask | None:
+    """That of another row: of the one before."""
+    return None if mask is None else mask.roll(1, 0)
 
 
 def without_latent(
@@ -53,26 +65,34 @@ def without_latent(
     text_process: TextProcess,
     latent_process: LatentProcess,
     tokens: Tokens,
+    latent_mask: LatentMask | None = None,
 ) -> Logits:
     """What the decoder says of a text at full noise where the latent is pure noise."""
     full = checks.as_time("time", 1.0, noise)
     output = denoiser.denoise(
         tokens,
-        latent_process.started(noise, full),
+        latent_process.started(only_kept(noise, latent_mask), full),
         text_time=full,
         latent_time=full,
         attention_mask=mask,
         need="logits",
+        **tell_latent_mask(denoiser, latent_mask),
     )
     return need_logits(output, tokens, text_process.vocab_size)
 
 
-def statistics(latents: Latents) -> tuple[Tensor, Tensor]:
+def of_kept(latents: Latents, latent_mask: LatentMask | None) -> Float[Tensor, "..."]:
+    """The kept vectors, one below the other; all latents without a mask."""
+    return latents if latent_mask is None else latents[latent_mask]
+
+
+def statistics(latents: Latents, latent_mask: LatentMask | None = None) -> tuple[Tensor, Tensor]:
     """Mean and variance of a batch in the shape of one latent, in float64 on the CPU.
 
-    A dimension that hardly varies gets a variance of 1e-6 of the average, to be divided by.
+    With a mask, of the kept vectors. A dimension that hardly varies gets a variance of 1e-6 of the
+    average, to be divided by.
     """
-    rows = latents.detach().cpu().double()
+    rows = of_kept(latents, latent_mask).detach().cpu().double()
     variance = rows.var(dim=0)
     if not bool(variance.any()):
         raise ValueError(

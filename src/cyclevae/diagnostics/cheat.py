@@ -9,9 +9,19 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32
-from cyclevae._base.types import Latents, Logits, Mask, MaskLike, Number, Tokens
+from cyclevae._base.types import (
+    LatentMask,
+    LatentMaskLike,
+    Latents,
+    Logits,
+    Mask,
+    MaskLike,
+    Number,
+    Tokens,
+)
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.diagnostics._measuring import (
+    another,
     as_pairs,
     measuring,
     seeded,
@@ -90,6 +100,7 @@ def cheat_test(
     noises: Sequence[Number] = (0.03, 0.1, 0.3),
     grids: Sequence[Number] = (16, 4, 1),
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> CheatTest:
     """Does the text cycle survive where only meaning can: noise and rounding on its bridge.
 
@@ -112,6 +123,8 @@ def cheat_test(
         noises: `s`, standard deviations of the noise, in those of the latents.
         grids: `k`, how many steps of the grid make a standard deviation.
         generator: random state of the draws; one of its own, seeded with 0, if not given.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`, whose deviation is then that of
+            their kept vectors.
 
     Raises:
         ValueError: fewer than 2 rows, equal latents, wrong shapes or values, or an epsilon process
@@ -130,12 +143,14 @@ def cheat_test(
         >>> [treatment.name for treatment in found.treatments]
         ['noise 0.03', 'noise 0.1', 'noise 0.3', 'grid 1/16', 'grid 1/4', 'grid 1/1']
     """
-    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
+    tokens, mask, latents, kept = as_pairs(
+        tokens, latents, attention_mask, text_process, latent_mask
+    )
     for name, sizes in (("noises", noises), ("grids", grids)):
         for size in sizes:
             checks.check_positive(name, size)
     if variance is None:
-        _, variance = statistics(latents)
+        _, variance = statistics(latents, kept)
     checks.check_variance("variance", variance, latents.shape[1:])
     std = torch.as_tensor(variance).sqrt().to(fp32(latents)).expand(latents.shape[1:])
     generator = seeded(generator, latents)
@@ -151,15 +166,16 @@ def cheat_test(
                 bridge=bridge,
                 time=time,
                 noise=noise,
+                latent_mask=kept,
             )
         checks.check_same_shape("z_hat", z_hat, "latents", latents)
-        crossing = bridge.noised(z_hat, generator=generator)
+        crossing = bridge.noised(z_hat, generator=generator, latent_mask=kept)
 
         hidden = text_process.at_full_noise(mask, generator=generator)
         read: dict[str, Any] = {"text_process": text_process, "tokens": hidden}
 
-        def decoded(z: Tensor) -> float:
-            logits = l2t(denoiser, z.to(latents.dtype), mask, **read)
+        def decoded(z: Tensor, kept: LatentMask | None = kept) -> float:
+            logits = l2t(denoiser, z.to(latents.dtype), mask, latent_mask=kept, **read)
             return accuracy(logits, tokens, mask)
 
         def treated() -> Iterator[Treatment]:
@@ -178,9 +194,11 @@ def cheat_test(
         return CheatTest(
             cycle=decoded(crossing),
             pairs=decoded(latents),
-            shuffled=decoded(crossing.roll(1, 0)),
+            shuffled=decoded(crossing.roll(1, 0), another(kept)),
             chance=accuracy(
-                without_latent(denoiser, noise, mask, latent_process=latent_process, **read),
+                without_latent(
+                    denoiser, noise, mask, latent_process=latent_process, latent_mask=kept, **read
+                ),
                 tokens,
                 mask,
             ),

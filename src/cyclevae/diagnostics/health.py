@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import Latents
-from cyclevae.diagnostics._measuring import check_rows
+from cyclevae._base.masked import as_latent_mask, kept_latents, mean_vector
+from cyclevae._base.types import LatentMaskLike, Latents
+from cyclevae.diagnostics._measuring import check_rows, of_kept
 from cyclevae.model.door import at_the_door
 from cyclevae.priors.samples import Moment, standard_form
 from cyclevae.processes.latent import direction
@@ -70,7 +71,13 @@ class Retrieval(NamedTuple):
 
 @torch.no_grad()
 @at_the_door
-def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> LatentHealth:
+def latent_health(
+    z: Latents,
+    *,
+    mean: Moment = 0.0,
+    variance: Moment = 1.0,
+    latent_mask: LatentMaskLike | None = None,
+) -> LatentHealth:
     """Moments, effective rank, active dimensions and drift of latents.
 
     In float64 on the CPU, so that a collapse is not hidden by rounding.
@@ -79,6 +86,8 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
         z: `[b, ...]`, each row one vector of `D` numbers.
         mean: of the target, a number or in the shape of one latent: the stored statistics.
         variance: of the target, above 0.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: it is then the kept vectors
+            that are measured, and moments of the target are of shape `[d]`.
 
     Raises:
         ValueError: fewer than 2 rows, latents that are not finite, moments of another shape.
@@ -91,10 +100,12 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
         >>> round(health.scale, 1), health.active, 7 < health.effective_rank < 8
         (3.0, 8, True)
     """
+    if latent_mask is not None:
+        z = of_kept(z, as_latent_mask("latent_mask", latent_mask, z.shape))
     z = z.detach().cpu()
     checks.check_latents("z", z, cure="has training diverged?")
     rows = z.double().flatten(1)
-    centered, v = standard_form(z.double(), mean, variance, "biased")
+    centered, v, *_ = standard_form(z.double(), mean, variance, "biased")
     mu = rows[0] - centered[0]
     m, s2 = rows.mean(dim=0), rows.var(dim=0)
     drift = (((m - mu).square() - s2 / len(rows)) / v).mean().clamp(min=0).sqrt()
@@ -112,7 +123,13 @@ def latent_health(z: Latents, *, mean: Moment = 0.0, variance: Moment = 1.0) -> 
 
 @torch.no_grad()
 @at_the_door
-def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
+def retrieval(
+    z_hat: Latents,
+    latents: Latents,
+    *,
+    k: int = 1,
+    latent_mask: LatentMaskLike | None = None,
+) -> Retrieval:
     """Whether encoded texts find their own latents among those of the batch, by the cosine.
 
     Equal latents, as of equal texts, are one: a text finds its own where it finds its equal.
@@ -121,6 +138,7 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
         z_hat: latents of the encoder, `[b, ...]`, each row one vector.
         latents: the true latents of the same rows.
         k: neighbours that are counted for the hubs.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: as `infonce_loss`.
 
     Raises:
         ValueError: fewer than 2 rows or different latents, unequal shapes, latents that are not
@@ -136,10 +154,13 @@ def retrieval(z_hat: Latents, latents: Latents, *, k: int = 1) -> Retrieval:
         (True, True, True)
     """
     checks.check_same_shape("z_hat", z_hat, "latents", latents)
-    checks.check_latents("z_hat", z_hat, cure="has training diverged?")
-    checks.check_latents("latents", latents)
+    z_hat, mask = kept_latents("z_hat", z_hat, latent_mask, cure="has training diverged?")
+    latents, _ = kept_latents("latents", latents, mask)
     check_rows("z_hat", z_hat)
-    x, y = (part.detach().cpu().double().flatten(1) for part in (z_hat, latents))
+    x, y = (part.detach().cpu().double() for part in (z_hat, latents))
+    if mask is not None:
+        x, y = mean_vector(x, mask.cpu()), mean_vector(y, mask.cpu())
+    x, y = x.flatten(1), y.flatten(1)
     pool, own = torch.unique(y, dim=0, return_inverse=True)
     if len(pool) < 2:
         raise ValueError(

@@ -13,7 +13,7 @@ from cyclevae._base import checks
 from cyclevae._base.types import Number
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.bridges.text import pseudo_text
-from cyclevae.diagnostics._measuring import measuring, seeded, statistics
+from cyclevae.diagnostics._measuring import measuring, of_kept, seeded, statistics
 from cyclevae.diagnostics.chance import chance
 from cyclevae.diagnostics.cheat import cheat_test
 from cyclevae.diagnostics.health import latent_health, retrieval
@@ -84,19 +84,22 @@ def cycle_report(
         >>> print(str(report).splitlines()[0])
         cycle report on 16 pairs, bridge from time 1
     """
-    found = arrange(Batch(*batch[:3]), text_process, latent_process)  # the pairs
+    found = arrange(
+        Batch(*batch[:3], latent_mask=batch.latent_mask), text_process, latent_process
+    )  # the pairs
     if found.paired < 2:
         raise ValueError(
             f"`batch` needs at least 2 pairs to compare, got {found.paired}; give `tokens`, "
             "`attention_mask` and `latents` of the same rows"
         )
     (tokens, mask), latents = found.need_texts(), found.need_latents()
-    own_mean, own_variance = statistics(latents)
+    kept = found.latent_mask
+    own_mean, own_variance = statistics(latents, kept)
     target: dict[str, Any] = {
         "mean": own_mean if mean is None else mean,
         "variance": own_variance if variance is None else variance,
     }
-    true = latent_health(latents, **target)
+    true = latent_health(latents, **target, latent_mask=kept)
     generator = seeded(generator, latents)
     noise = draw_noise(len(latents), latent_process, at=latents, like=latents, generator=generator)
     gain = latent_process.gain(torch.tensor([time], dtype=torch.float64)).item()
@@ -112,19 +115,28 @@ def cycle_report(
         "latent_process": latent_process,
     }
     with measuring(denoiser):
-        z_hat = encode_text(denoiser, tokens, mask, noise=noise, **read)
-        logits = l2t(denoiser, latents, mask, text_process=text_process, generator=generator)
+        z_hat = encode_text(denoiser, tokens, mask, noise=noise, latent_mask=kept, **read)
+        logits = l2t(
+            denoiser,
+            latents,
+            mask,
+            text_process=text_process,
+            generator=generator,
+            latent_mask=kept,
+        )
         y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
-        cycled = encode_text(denoiser, *y_hat, noise=noise, **read)
+        cycled = encode_text(denoiser, *y_hat, noise=noise, latent_mask=kept, **read)
         checks.check_latents("z_hat", z_hat, cure="has training diverged?")
         checks.check_latents("z_hat of the latent cycle", cycled, cure="has training diverged?")
         _check_finite(logits[mask])
-        base = t2l_loss(*pairs, time=time, noise=noise, **processes)
+        base = t2l_loss(*pairs, time=time, noise=noise, latent_mask=kept, **processes)
 
-    total = latents.cpu().double().var(dim=0, correction=0).sum()  # the error of the mean
+    rows = of_kept(latents, kept).cpu().double()  # the error of the mean
+    total = rows.var(dim=0, correction=0).sum() * (len(rows) / found.paired)
 
     def errors(prediction: torch.Tensor) -> torch.Tensor:
-        square = latent_loss(prediction, latents, reduction="none").cpu().double()
+        square = latent_loss(prediction, latents, reduction="none", latent_mask=kept)
+        square = square.cpu().double()
         return square.flatten(1).sum(dim=1) / total
 
     right, shuffled = errors(z_hat), errors(z_hat.roll(1, 0))
@@ -139,17 +151,28 @@ def cycle_report(
         shuffled_latent_error=shuffled.mean().item(),
         latent_gap_error=(shuffled - right).std().item() / math.sqrt(found.paired),
         cycle_latent_error=errors(cycled).mean().item(),
-        text=text_probe(*pairs, noise=noise, **processes),
+        text=text_probe(*pairs, noise=noise, latent_mask=kept, **processes),
         latent=latent_probe(
-            *pairs, low=low, high=high, samples=samples, generator=generator, **processes
+            *pairs,
+            low=low,
+            high=high,
+            samples=samples,
+            generator=generator,
+            latent_mask=kept,
+            **processes,
         ),
         cheat=cheat_test(
-            *pairs, z_hat=z_hat, variance=target["variance"], generator=generator, **read
+            *pairs,
+            z_hat=z_hat,
+            variance=target["variance"],
+            generator=generator,
+            latent_mask=kept,
+            **read,
         ),
         chance=chance(logits, tokens, text_process.chosen(mask), latents),
-        z_hat=latent_health(z_hat, **target),
+        z_hat=latent_health(z_hat, **target, latent_mask=kept),
         latents=true,
-        retrieval=retrieval(z_hat, latents),
+        retrieval=retrieval(z_hat, latents, latent_mask=kept),
     )
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.precision import fp32
-from cyclevae._base.types import Latents, MaskLike, Number, Time, Tokens
-from cyclevae.diagnostics._measuring import as_pairs, measuring, seeded, without_latent
+from cyclevae._base.types import LatentMask, LatentMaskLike, Latents, MaskLike, Number, Time, Tokens
+from cyclevae.diagnostics._measuring import another, as_pairs, measuring, seeded, without_latent
 from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
@@ -71,6 +71,7 @@ def text_probe(
     latent_process: LatentProcess,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Probe:
     """Does the decoder read the latent: L2T given the right, another row's and no latent.
 
@@ -87,6 +88,7 @@ def text_probe(
         latent_process: the latent process.
         noise: in place of the latents where there are none; drawn with `generator` if not given.
         generator: random state of the draw; one of its own, seeded with 0, if not given.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; it goes with the latent.
 
     Raises:
         ValueError: fewer than 2 rows, wrong shapes or values.
@@ -102,7 +104,9 @@ def text_probe(
         >>> abs(probe.gap) < 4 * probe.gap_error  # the toy has learned nothing
         True
     """
-    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
+    tokens, mask, latents, kept = as_pairs(
+        tokens, latents, attention_mask, text_process, latent_mask
+    )
     generator = seeded(generator, latents)
     if noise is None:
         noise = draw_noise(
@@ -114,9 +118,11 @@ def text_probe(
     read: dict[str, Any] = {"text_process": text_process, "tokens": hidden}
     with measuring(denoiser):
         logits = {
-            "right": l2t(denoiser, latents, mask, **read),
-            "shuffled": l2t(denoiser, latents.roll(1, 0), mask, **read),
-            "empty": without_latent(denoiser, noise, mask, latent_process=latent_process, **read),
+            "right": l2t(denoiser, latents, mask, latent_mask=kept, **read),
+            "shuffled": l2t(denoiser, latents.roll(1, 0), mask, latent_mask=another(kept), **read),
+            "empty": without_latent(
+                denoiser, noise, mask, latent_process=latent_process, latent_mask=kept, **read
+            ),
         }
     nats = {
         name: text_loss(values, tokens, mask, reduction="none").sum(dim=1)
@@ -140,6 +146,7 @@ def latent_probe(
     time: Number | Float[Tensor, " r"] | None = None,
     noise: Float[Tensor, "r *n d"] | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Probe:
     """Does the encoder read the text: T2L given the right, another row's and no text.
 
@@ -168,6 +175,7 @@ def latent_probe(
         time: a number or `[samples * b]`, as they would be drawn; drawn if not given.
         noise: standard normal, for `samples * b` latents; drawn if not given.
         generator: random state of the draws; one of its own, seeded with 0, if not given.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; nats are of what is kept.
 
     Raises:
         ValueError: fewer than 2 rows, wrong shapes or values, a range of times at whose ends the
@@ -187,7 +195,9 @@ def latent_probe(
         >>> probe.difference > 0 and abs(probe.gap) < 4 * probe.gap_error
         True
     """
-    tokens, mask = as_pairs(tokens, latents, attention_mask, text_process)
+    tokens, mask, latents, kept = as_pairs(
+        tokens, latents, attention_mask, text_process, latent_mask
+    )
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     generator = seeded(generator, latents)
@@ -206,7 +216,15 @@ def latent_probe(
         for drawn in zip(*(x.chunk(samples) for x in (times, weights, noise)), strict=True):
             parts.append(
                 _latent_nats(
-                    denoiser, tokens, latents, mask, hidden, text_process, latent_process, *drawn
+                    denoiser,
+                    tokens,
+                    latents,
+                    mask,
+                    kept,
+                    hidden,
+                    text_process,
+                    latent_process,
+                    *drawn,
                 )
             )
     return _probe({name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]})
@@ -217,6 +235,7 @@ def _latent_nats(
     tokens: Tokens,
     latents: Latents,
     mask: Tensor,
+    kept: LatentMask | None,
     hidden: Tokens,
     text_process: TextProcess,
     latent_process: LatentProcess,
@@ -235,11 +254,12 @@ def _latent_nats(
             latents=latents,
             time=time,
             noise=noise,
+            latent_mask=kept,
         )
         for shift in (0, 1)
     )
-    empty = without_text(denoiser, right.z_t, mask, time, hidden)
-    target = latent_process.target(latents, noise, time)
+    empty = without_text(denoiser, right.z_t, mask, time, hidden, kept)
+    target = latent_process.target(latents, right.noise, time)
 
     def nats(prediction: Latents, other: Latents) -> Float[Tensor, " b"]:
         error = noise_error(fp32(other) - fp32(prediction), time, latent_process)

@@ -8,8 +8,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents, mean_vector
 from cyclevae._base.precision import fp64, no_autocast, rounded
-from cyclevae._base.types import Latents, MaskLike, Number, Rows, Scalar, Tokens
+from cyclevae._base.types import LatentMaskLike, Latents, MaskLike, Number, Rows, Scalar, Tokens
 from cyclevae.model.door import at_the_door
 from cyclevae.processes.latent import direction
 
@@ -25,6 +26,7 @@ def infonce_loss(
     critic: Critic = "cosine",
     duplicates: Bool[Tensor, "b b"] | None = None,
     rows: Rows | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Scalar:
     """Symmetric InfoNCE between encoded texts and their latents.
 
@@ -47,6 +49,8 @@ def infonce_loss(
         duplicates: `[b, b]`, pairs of rows that must not count as negatives of each other, such as
             `same_text`; the diagonal is ignored. An objective always gives them.
         rows: `[b]`, the pairs to be compared; the others are neither anchors nor negatives.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: rows are compared by the mean of
+            their kept vectors, which does not tell how many there are.
 
     Raises:
         ValueError: fewer than 2 rows, unequal shapes, latents that are not finite, a temperature
@@ -65,8 +69,8 @@ def infonce_loss(
     checks.check_choice("critic", critic, get_args(Critic))
     checks.check_positive("temperature", temperature)
     checks.check_same_shape("z_hat", z_hat, "latents", latents)
-    checks.check_latents("z_hat", z_hat, cure="has training diverged?")
-    checks.check_latents("latents", latents)
+    z_hat, mask = kept_latents("z_hat", z_hat, latent_mask, cure="has training diverged?")
+    latents, _ = kept_latents("latents", latents, mask)
     checks.warn_without_graph("z_hat", z_hat, latents, cure=checks.ENCODE_WITH_GRAPH)
     if len(z_hat) < 2:
         raise ValueError(
@@ -74,7 +78,10 @@ def infonce_loss(
             "batch size or give the term weight 0"
         )
     _check_pairs(duplicates, len(z_hat))
-    x, y = fp64(z_hat).flatten(1), fp64(latents).flatten(1)
+    x, y = fp64(z_hat), fp64(latents)
+    if mask is not None:
+        x, y = mean_vector(x, mask), mean_vector(y, mask)
+    x, y = x.flatten(1), y.flatten(1)
     with no_autocast(x):
         scores = _cosine(x, y) if critic == "cosine" else -_half_square_distance(x, y)
         scores = scores / temperature

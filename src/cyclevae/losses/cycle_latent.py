@@ -2,15 +2,19 @@
 
 import math
 from contextlib import nullcontext
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import (
     AnyTokens,
     Count,
+    LatentMask,
+    LatentMaskLike,
     Latents,
     Logits,
     Loss,
@@ -32,6 +36,7 @@ from cyclevae.losses.text_marginal import text_marginal_loss
 from cyclevae.model.denoiser import Denoiser, reading_relaxed
 from cyclevae.model.door import at_the_door
 from cyclevae.model.maker import check_bridge_maker
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.passes import l2t, t2l
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -58,6 +63,7 @@ def cycle_latent_loss(
     policy: GradientPolicy = STOP_GRADIENT,
     distance: AnyDistance = "mse",
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Latent cycle: decode a latent, encode the pseudo-text, compare with the latent.
@@ -96,6 +102,7 @@ def cycle_latent_loss(
         distance: as `latent_loss`.
         reduction: as `latent_loss`. It also scales the reward of `rloo`, whose `marginal_weight`
             is the price of a nat in summed errors, or in nats with `nats`.
+        latent_mask: as `latent_loss`; both halves of the cycle are told.
         count: as `latent_loss`.
 
     Raises:
@@ -131,12 +138,13 @@ def cycle_latent_loss(
         )
     checks.check_choice("reduction", reduction, get_args(Reduction))
     check_distance("distance", distance, latents.shape[1:])
-    checks.check_latents("latents", latents, latent_process.shape)
+    latents, latent_mask = kept_latents("latents", latents, latent_mask, latent_process.shape)
+    tell_latent_mask(denoiser, latent_mask)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = checks.as_mask("attention_mask", attention_mask)
     checks.check_kept("attention_mask", mask)
     if noise is not None:
-        checks.check_latents("noise", noise, latents.shape[1:])
+        noise, _ = kept_latents("noise", noise, latent_mask, latents.shape[1:])
         checks.check_rows("noise", noise, "latents", latents)
     if y_hat is not None:
         y_hat = checks.as_any_tokens("y_hat", y_hat, text_process.vocab_size)
@@ -154,8 +162,17 @@ def cycle_latent_loss(
     else:
         with policy.bridge_pass(denoiser):
             if logits is None:
-                logits = l2t(writer, latents, mask, text_process=text_process, generator=generator)
-            texts = _write(writer, latents, mask, logits, text_process, bridge, generator)
+                logits = l2t(
+                    writer,
+                    latents,
+                    mask,
+                    text_process=text_process,
+                    generator=generator,
+                    latent_mask=latent_mask,
+                )
+            texts = _write(
+                writer, latents, mask, logits, text_process, bridge, generator, latent_mask
+            )
         if policy.freeze_bridge:
             refuse_reentrant([logits], bridge=latents)
     named = y_hat is None or bridge != TextBridge()
@@ -182,13 +199,15 @@ def cycle_latent_loss(
                 start=None if show_latent else "noise",
                 time=time,
                 noise=noise,
+                latent_mask=latent_mask,
             )
             z_hats.append(encoded.z_hat(latent_process))
     if policy.freeze:
         for text, z_hat in zip(texts, z_hats, strict=True):
             refuse_reentrant([z_hat], bridge=text)
+    compared: dict[str, Any] = {"distance": distance, "latent_mask": latent_mask}
     losses = [
-        latent_loss(z_hat, latents, distance=distance, reduction=reduction, count=count)
+        latent_loss(z_hat, latents, **compared, reduction=reduction, count=count)
         for z_hat in z_hats
     ]
     loss = torch.stack(losses).mean(dim=0)
@@ -196,7 +215,7 @@ def cycle_latent_loss(
         return loss
     with detach():
         errors = torch.stack(
-            [latent_loss(z_hat, latents, distance=distance, reduction="none") for z_hat in z_hats]
+            [latent_loss(z_hat, latents, **compared, reduction="none") for z_hat in z_hats]
         )
         rewards = -errors[..., None].flatten(2).sum(dim=-1)
         if bridge.marginal_weight:
@@ -211,6 +230,7 @@ def cycle_latent_loss(
                     noise=noise,
                     generator=generator,
                     reduction="none",
+                    latent_mask=latent_mask,
                 ).sum(dim=1)
                 for text in texts
             ]
@@ -226,9 +246,16 @@ def cycle_latent_loss(
     )
     surrogate = rloo_surrogate(log_probs, rewards)
     # of value 0, spread over the elements of a row so that it is reduced as they are
-    per_row = (surrogate - surrogate.detach()) / math.prod(errors.shape[2:])
+    per_row = (surrogate - surrogate.detach()) / _elements(errors[0], latent_mask)
     spread = per_row.view(-1, *[1] * (errors.ndim - 2)).expand_as(errors[0])
-    return loss + reduce_latents(spread, reduction=reduction, count=count)
+    return loss + reduce_latents(spread, reduction=reduction, latent_mask=latent_mask, count=count)
+
+
+def _elements(errors: Loss, latent_mask: LatentMask | None) -> int | Tensor:
+    """How many errors of each row count."""
+    if latent_mask is None:
+        return math.prod(errors.shape[1:])
+    return latent_mask.sum(dim=1).clamp(min=1) * math.prod(errors.shape[2:])
 
 
 def _write(
@@ -239,6 +266,7 @@ def _write(
     text_process: TextProcess,
     bridge: TextBridge,
     generator: torch.Generator | None,
+    latent_mask: LatentMask | None,
 ) -> list[AnyTokens]:
     """The pseudo-texts of a bridge: one, or the samples of `rloo`."""
     if bridge.name == "unmask":
@@ -250,6 +278,7 @@ def _write(
             steps=bridge.steps,
             logits=logits,
             generator=generator,
+            latent_mask=latent_mask,
         )
         return [text]
     texts = 1

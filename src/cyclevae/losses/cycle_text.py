@@ -5,8 +5,10 @@ from typing import get_args
 import torch
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents
 from cyclevae._base.types import (
     Count,
+    LatentMaskLike,
     Latents,
     Loss,
     MaskLike,
@@ -43,6 +45,7 @@ def cycle_text_loss(
     generator: torch.Generator | None = None,
     policy: GradientPolicy = STOP_GRADIENT,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Text cycle: encode a text, decode the latent, compare with the text.
@@ -69,6 +72,7 @@ def cycle_text_loss(
             encoder writes. With `bridge="full"` the gradient goes on into the encoder passes, and
             with `bridge="last"` into the last of them.
         reduction: as `text_loss`.
+        latent_mask: `[b, n]`, True = keep, of the latents `[b, n, d]` to be written and read.
         count: as `text_loss`.
 
     Raises:
@@ -106,16 +110,26 @@ def cycle_text_loss(
             noise=noise,
             generator=generator,
             policy=policy,
+            latent_mask=latent_mask,
         )
     elif policy.bridge == "detach":
         z_hat = z_hat.detach()
     else:
         cure = f"policy.bridge={policy.bridge!r} teaches what made it; {checks.ENCODE_WITH_GRAPH}"
         checks.warn_without_graph("z_hat", z_hat, cure=cure)
-    checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
-    crossing = bridge.noised(z_hat, generator=generator)
+    z_hat, latent_mask = kept_latents(
+        "z_hat", z_hat, latent_mask, latent_process.shape, cure="has training diverged?"
+    )
+    crossing = bridge.noised(z_hat, generator=generator, latent_mask=latent_mask)
     with policy.reading_pass(denoiser):
-        logits = l2t(denoiser, crossing, mask, text_process=text_process, generator=generator)
+        logits = l2t(
+            denoiser,
+            crossing,
+            mask,
+            text_process=text_process,
+            generator=generator,
+            latent_mask=latent_mask,
+        )
     if policy.freeze:
         refuse_reentrant([logits], bridge=crossing)
     tokens, taught = text_process.targets(tokens, mask)

@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import as_latent_mask, only_kept
 from cyclevae._base.precision import fp32, fp64, rounded
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import (
     Count,
+    LatentMaskLike,
     Latents,
     Loss,
     MaskLike,
@@ -41,6 +44,7 @@ def latent_loss(
     weight: Time | None = None,
     variance: Number | Tensor = 1.0,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Distance of latents, in fp32 or better; directions are compared in float64.
@@ -62,6 +66,8 @@ def latent_loss(
         reduction: `mean` over elements (`cosine`: vectors), `sum`, `none` (the shape of the
             latents; `cosine`: without the last axis) or, for `mse`, `nats` (half the squared error
             over `variance`, summed over dimensions, mean over rows).
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: what is not kept counts nowhere,
+            and a function is shown 0 there.
         count: the denominator in place of this batch's own: see `text_loss`.
 
     Raises:
@@ -84,6 +90,9 @@ def latent_loss(
     """
     checks.check_same_shape("prediction", prediction, "target", target)
     check_distance("distance", distance, prediction.shape[1:])
+    if latent_mask is not None:
+        latent_mask = as_latent_mask("latent_mask", latent_mask, target.shape)
+        prediction, target = (only_kept(part, latent_mask) for part in (prediction, target))
     checks.check_variance("variance", variance, prediction.shape[1:])
     if reduction == "nats" and distance != "mse":
         raise ValueError(
@@ -103,7 +112,9 @@ def latent_loss(
             checks.check_same_shape("distance(...)", error, "prediction", prediction)
     if weight is not None:
         error = error * _as_weight(weight, error)
-    return reduce_latents(error, reduction=reduction, variance=variance, count=count)
+    return reduce_latents(
+        error, reduction=reduction, variance=variance, latent_mask=latent_mask, count=count
+    )
 
 
 def check_distance(name: str, distance: AnyDistance, shape: Sequence[int] = ()) -> None:
@@ -119,12 +130,20 @@ def check_distance(name: str, distance: AnyDistance, shape: Sequence[int] = ()) 
         checks.check_vectors(name, distance, shape, cure=cure)
 
 
-def errors_per_row(latents: Latents | None, distance: AnyDistance = "mse") -> int:
-    """How many errors a distance gives for each row: the cosine has one per vector."""
+def count_errors(
+    latents: Latents | None,
+    rows: Bool[Tensor, " r"],
+    latent_mask: Bool[Tensor, "r n"] | None = None,
+    *,
+    distance: AnyDistance = "mse",
+) -> Count:
+    """How many errors a distance gives for some rows of latents: the cosine has one per vector."""
     if latents is None:
         return 0
+    if latent_mask is not None:
+        rows, latents = latent_mask & rows[:, None], latents[:, 0]
     elements = latents[:1].numel()
-    return elements // latents.shape[-1] if distance == "cosine" else elements
+    return rows.sum() * (elements // latents.shape[-1] if distance == "cosine" else elements)
 
 
 @at_the_door
@@ -188,6 +207,7 @@ def t2l_loss(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Train the encoder on pairs: distance of its prediction, in its own prediction space.
@@ -215,6 +235,7 @@ def t2l_loss(
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
         reduction: as `latent_loss`.
+        latent_mask: as `latent_loss`; the model is told.
         count: as `latent_loss`.
 
     Raises:
@@ -256,6 +277,7 @@ def t2l_loss(
         time=time,
         noise=noise,
         generator=generator,
+        latent_mask=latent_mask,
     )
     return encoded_loss(
         encoded,
@@ -283,6 +305,7 @@ def encoded_loss(
     count: Count | None = None,
 ) -> Loss:
     """The loss of a T2L pass that has run: see `t2l_loss`."""
+    latents = only_kept(latents, encoded.latent_mask)
     space = latent_process.prediction if space is None else space
     weight = row_weights(
         encoded.time, latent_process, space=space, min_snr=min_snr, weighting=weighting
@@ -293,6 +316,7 @@ def encoded_loss(
         distance=distance,
         weight=weight,
         reduction=reduction,
+        latent_mask=encoded.latent_mask,
         count=count,
     )
 

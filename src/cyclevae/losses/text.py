@@ -10,6 +10,7 @@ from cyclevae._base import checks
 from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import (
     Count,
+    LatentMaskLike,
     Latents,
     Logits,
     Loss,
@@ -87,6 +88,7 @@ def l2t_loss(
     step: int = 0,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Train the decoder on pairs: cross-entropy of the noised words, given the latent and the rest.
@@ -107,6 +109,7 @@ def l2t_loss(
         step: the training step, for a policy whose cap moves.
         generator: random state of the draws.
         reduction: as `text_loss`; `mean` is over the counted words, or all taught ones of a bound.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`.
         count: as `text_loss`.
 
     Raises:
@@ -140,6 +143,7 @@ def l2t_loss(
         time=text_time,
         step=step,
         generator=generator,
+        latent_mask=latent_mask,
     )
     if weighting == "mean":
         return text_loss(*decoded[:3], reduction=reduction, count=count)
@@ -198,6 +202,7 @@ def decode_noised(
     time: Number | Time | TimePolicy,
     step: int,
     generator: torch.Generator | None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Decoding:
     """The L2T pass of `l2t_loss`."""
     targets, counted = text_process.targets(tokens, mask)
@@ -215,5 +220,6 @@ def decode_noised(
         tokens=noisy,
         text_time=time,
         generator=generator,
+        latent_mask=latent_mask,
     )
     return Decoding(logits, targets, counted, noisy, time)

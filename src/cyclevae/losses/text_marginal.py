@@ -6,10 +6,12 @@ from typing import get_args
 import torch
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents
 from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import (
     AnyTokens,
     Count,
+    LatentMaskLike,
     Latents,
     Loss,
     MaskLike,
@@ -21,6 +23,7 @@ from cyclevae.gradient_policy.contexts import detach
 from cyclevae.losses.text_bound import text_bound
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.door import at_the_door
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -39,6 +42,7 @@ def text_marginal_loss(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """The diffusion bound on `-log p(y)`, of texts alone: the latent is pure noise.
@@ -70,6 +74,7 @@ def text_marginal_loss(
         generator: random state of the draws.
         reduction: `mean` over taught tokens, `sum`, `none` (`[b, s]`, 0 where nothing was masked)
             or `nats` (sum over tokens, mean over rows).
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: how long the noise is.
         count: as `text_loss`.
 
     Raises:
@@ -100,8 +105,10 @@ def text_marginal_loss(
     ids = words.argmax(dim=-1) if relaxed else words
     if noise is None:
         noise = draw_noise(len(ids), latent_process, at=ids, generator=generator)
+        if latent_mask is not None:
+            noise, latent_mask = kept_latents("noise", noise, latent_mask)
     else:
-        checks.check_latents("noise", noise, latent_process.shape)
+        noise, latent_mask = kept_latents("noise", noise, latent_mask, latent_process.shape)
         checks.check_rows("noise", noise, "tokens", ids)
     if text_time is None:
         text_time = stratified_times(len(ids), device=ids.device, generator=generator)
@@ -116,6 +123,7 @@ def text_marginal_loss(
             latent_time=full,
             attention_mask=kept,
             need="logits",
+            **tell_latent_mask(denoiser, latent_mask),
         )
         logits = need_logits(output, ids, text_process.vocab_size)
     bound = text_bound(logits, words, noised, rate, text_process=text_process)

@@ -5,9 +5,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents
 from cyclevae._base.reduce import only_present, reduce_latents, reduce_text
 from cyclevae._base.types import (
     Count,
+    LatentMaskLike,
     Latents,
     MaskLike,
     Number,
@@ -63,6 +65,7 @@ def unconditional_loss(
     text_weighting: TextWeighting = "bound",
     latent_weighting: LatentWeighting | None = None,
     reduction: Literal["mean", "sum", "nats"] = "mean",
+    latent_mask: LatentMaskLike | None = None,
     text_count: Count | None = None,
     latent_count: Count | None = None,
 ) -> UnconditionalLoss:
@@ -98,6 +101,7 @@ def unconditional_loss(
         latent_weighting: of the rows of the latent term, a function of their times: `weighting` of
             `t2l_loss`.
         reduction: as `text_loss` and `latent_loss`, over the rows that have the part.
+        latent_mask: as `joint`; what is not kept counts nowhere.
         text_count: denominator in place of the kept tokens (of a `mean`: the counted ones,
             `nats`: the number) of rows with a text.
         latent_count: denominator in place of the elements (`nats`: the number) of rows with a
@@ -129,6 +133,8 @@ def unconditional_loss(
     checks.check_row_mask("has_latent", has_latent, tokens)
     if has_latent is not None:
         latents = only_present(latents, has_latent)
+    if latent_mask is not None:
+        latents, latent_mask = kept_latents("latents", latents, latent_mask)
     out = joint(
         denoiser,
         tokens,
@@ -142,6 +148,7 @@ def unconditional_loss(
         latent_time=latent_time,
         noise=noise,
         generator=generator,
+        latent_mask=latent_mask,
     )
     kept = checks.as_mask("attention_mask", attention_mask, tokens.shape)
     tokens, kept = text_process.targets(tokens.long(), kept)
@@ -166,5 +173,11 @@ def unconditional_loss(
         text_count = has_text.sum() if reduction == "nats" else kept.sum()
     return UnconditionalLoss(
         reduce_text(nll, counted, reduction=reduction, count=text_count),
-        reduce_latents(squared, reduction=reduction, rows=has_latent, count=latent_count),
+        reduce_latents(
+            squared,
+            reduction=reduction,
+            rows=has_latent,
+            latent_mask=latent_mask,
+            count=latent_count,
+        ),
     )

@@ -6,10 +6,21 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents, only_kept
 from cyclevae._base.reduce import only_present
-from cyclevae._base.types import Latents, Logits, MaskLike, Number, Rows, Time, Tokens
+from cyclevae._base.types import (
+    LatentMaskLike,
+    Latents,
+    Logits,
+    MaskLike,
+    Number,
+    Rows,
+    Time,
+    Tokens,
+)
 from cyclevae.model.denoiser import Denoiser, in_its_dtype, need_latents, need_logits
 from cyclevae.model.door import at_the_door
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -53,6 +64,7 @@ def joint(
     latent_time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Joint:
     """The unconditional mode: text noised at a random time, latents at another.
 
@@ -73,6 +85,8 @@ def joint(
         latent_time: a number or `[b]`; stratified uniform if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; where `has_latent` is False, how
+            long the noise is.
 
     Raises:
         ValueError: wrong shapes or values.
@@ -94,7 +108,7 @@ def joint(
         latents = only_present(latents, has_latent)
     tokens, mask = text_process.as_text(tokens, attention_mask, rows=has_text)
     checks.check_kept("attention_mask", mask)  # a text that is not there has a length all the same
-    checks.check_latents("latents", latents, latent_process.shape)
+    latents, latent_mask = kept_latents("latents", latents, latent_mask, latent_process.shape)
     checks.check_rows("latents", latents, "tokens", tokens)
     if noise is not None:
         checks.check_same_shape("noise", noise, "latents", latents)
@@ -111,6 +125,7 @@ def joint(
     latent_time = time("latent_time", latent_time, has_latent)
     if noise is None:
         noise = draw_noise(rows, latent_process, like=latents, generator=generator, at=tokens)
+    noise = only_kept(noise, latent_mask)
     noised = text_process.noised(tokens, mask, text_time, generator=generator)
     z_t = latent_process.noised(latents, noise, latent_time)
     if has_latent is not None:
@@ -122,10 +137,11 @@ def joint(
         latent_time=latent_time,
         attention_mask=mask,
         need="both",
+        **tell_latent_mask(denoiser, latent_mask),
     )
     return Joint(
         need_logits(output, tokens, text_process.vocab_size),
-        need_latents(output, z_t),
+        only_kept(need_latents(output, z_t), latent_mask),
         noised.counted,
         noise,
         text_time,

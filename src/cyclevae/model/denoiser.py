@@ -12,9 +12,19 @@ from torch import Tensor, nn
 
 from cyclevae._base import checks
 from cyclevae._base.precision import no_autocast
-from cyclevae._base.types import AnyTokens, Latents, Logits, MaskLike, Need, Prediction, Time
+from cyclevae._base.types import (
+    AnyTokens,
+    LatentMaskLike,
+    Latents,
+    Logits,
+    MaskLike,
+    Need,
+    Prediction,
+    Time,
+)
 from cyclevae.gradient_policy.roles import Roles
 from cyclevae.model.direction import direction_of, direction_of_two
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.wrappers import path_inside
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,6 +80,9 @@ class Denoiser(Protocol):
             latent_time: `[b]` in [0, 1]; 0 clean, 1 pure noise.
             attention_mask: bool `[b, s]`, True = keep.
             need: which outputs will be read; a hint that lets the model skip a head.
+
+        Where latents have a mask, one more keyword comes: `latent_mask`, bool `[b, n]`, True =
+        keep; a denoiser that takes none is then refused.
         """
         ...
 
@@ -90,6 +103,7 @@ class ModuleDenoiser:
         predicts: what its latent head predicts, if that was said; a process of another prediction
             is refused.
         takes_mask: whether its forward has an `attention_mask`; if not, texts have one length.
+        takes_latent_mask: whether it has a `latent_mask`; if not, latents have one length.
     """
 
     def __init__(
@@ -113,6 +127,7 @@ class ModuleDenoiser:
         names = {p.name for p in parameters}
         self._takes_need = anything or "need" in names
         self.takes_mask = anything or "attention_mask" in names
+        self.takes_latent_mask = "latent_mask" in names  # by name: nothing checks that it is read
 
     @property
     def network(self) -> nn.Module:
@@ -140,6 +155,7 @@ class ModuleDenoiser:
         text_time: Time,
         latent_time: Time,
         attention_mask: MaskLike,
+        latent_mask: LatentMaskLike | None = None,
         need: Need = "both",
     ) -> Denoised:
         """One forward of the network, on latents in its own dtype: see `Denoiser.denoise`."""
@@ -152,6 +168,7 @@ class ModuleDenoiser:
                 "texts must have one length, got some with padding: give its forward the "
                 "argument, or let batches have no padding"
             )
+        more |= tell_latent_mask(self, latent_mask)
         dtype = network_dtype(self)
         if dtype is not None and dtype != latents.dtype:
             latents = latents.to(dtype)
@@ -187,9 +204,9 @@ def as_denoiser(
     of the innermost module.
 
     The module is called as `network(tokens, latents, text_time=, latent_time=, attention_mask=)`,
-    with `need=` too if its forward takes it, and returns `(logits, latent_prediction)`. One whose
-    texts all have one length may do without `attention_mask`. A network with another signature gets
-    a small module of one's own around it.
+    with `need=` too if its forward takes it, and `latent_mask=` where latents have one, and returns
+    `(logits, latent_prediction)`. One whose texts all have one length may do without
+    `attention_mask`. A network with another signature gets a small module of one's own around it.
 
     Args:
         network: the module.
@@ -240,8 +257,9 @@ class EncoderDecoder(nn.Module):
     """Two separate networks as one: `as_denoiser(EncoderDecoder(encoder, decoder))`.
 
     Each is called as `as_denoiser` says, without `need`; the encoder returns the latent prediction
-    and the decoder the logits. Only what is needed runs. Parameter patterns start with `encoder.`
-    and `decoder.`, and so do its roles. Attributes `clean_at` (see `as_denoiser`) must be equal.
+    and the decoder the logits. Only what is needed runs. Both must take `latent_mask` where latents
+    have one. Parameter patterns start with `encoder.` and `decoder.`, and so do its roles.
+    Attributes `clean_at` (see `as_denoiser`) must be equal.
 
     Examples:
         >>> import torch
@@ -267,9 +285,17 @@ class EncoderDecoder(nn.Module):
             self.roles = Roles(encoder_only=("encoder.*",), decoder_only=("decoder.*",))
 
     def forward(
-        self, tokens: AnyTokens, latents: Latents, *, need: Need = "both", **state: Any
+        self,
+        tokens: AnyTokens,
+        latents: Latents,
+        *,
+        need: Need = "both",
+        latent_mask: LatentMaskLike | None = None,
+        **state: Any,
     ) -> Denoised:
         """Run the networks that are needed."""
+        if latent_mask is not None:
+            state["latent_mask"] = latent_mask
         return Denoised(
             logits=None if need == "latents" else self.decoder(tokens, latents, **state),
             latent_prediction=None if need == "logits" else self.encoder(tokens, latents, **state),

@@ -85,6 +85,8 @@ _TENSORS = (
     "tokens",
     "attention_mask",
     "lengths",
+    "latent_mask",
+    "text_latent_mask",
     "latents",
     "logits",
     "log_probs",

@@ -8,8 +8,11 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import as_latent_mask, kept_latents, only_kept
 from cyclevae._base.types import (
     AnyTokens,
+    LatentMask,
+    LatentMaskLike,
     Latents,
     Logits,
     MaskLike,
@@ -19,6 +22,7 @@ from cyclevae._base.types import (
 )
 from cyclevae.model.denoiser import Denoiser, in_its_dtype, need_latents, need_logits
 from cyclevae.model.door import at_the_door
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -34,6 +38,7 @@ def l2t(
     tokens: Tokens | None = None,
     text_time: Number | Time = 1.0,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Logits:
     """Decode: clean latents and a text at full noise, in one pass.
 
@@ -46,12 +51,14 @@ def l2t(
             noise if not given.
         text_time: the time of its noise, for masks the share of masked ones; a number or `[b]`.
         generator: random state of full noise that is random words.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; the rest is never looked at.
 
     Returns:
         Logits `[b, s, v]`.
 
     Raises:
-        ValueError: wrong shapes, latents that are not finite, or a model that returns no logits.
+        ValueError: wrong shapes, latents that are not finite, a model that returns no logits, or
+            one that takes no `latent_mask` where there is one.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -60,7 +67,9 @@ def l2t(
         >>> l2t(denoiser, latents, mask, text_process=text_process).shape
         torch.Size([3, 5, 7])
     """
-    asked = _ask_l2t(latents, attention_mask, text_process, tokens, text_time, generator)
+    asked = _ask_l2t(
+        denoiser, latents, attention_mask, text_process, tokens, text_time, generator, latent_mask
+    )
     return need_logits(
         denoiser.denoise(**asked, need="logits"), asked["tokens"], text_process.vocab_size
     )
@@ -75,6 +84,7 @@ class T2L(NamedTuple):
         noise: the standard normal noise that they were made with.
         time: their time `[b]`.
         stated_time: the time as it was given; a number is checked where tensors are not read.
+        latent_mask: what is kept of latents `[b, n, d]`, all if None; the rest is 0 everywhere.
     """
 
     prediction: Latents
@@ -82,6 +92,7 @@ class T2L(NamedTuple):
     noise: Latents
     time: Time
     stated_time: Number | Time
+    latent_mask: LatentMask | None = None
 
     def z_hat(self, latent_process: LatentProcess) -> Latents:
         """The clean latents this pass means; refused where the gain is above `max_gain`."""
@@ -102,6 +113,7 @@ def t2l(
     time: Number | Time = 1.0,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> T2L:
     """Encode: a clean text, and latents that are noised or nothing but noise, in one pass.
 
@@ -119,10 +131,12 @@ def t2l(
         time: a number or `[b]` in [0, 1].
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draw.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: what there is to write.
 
     Raises:
-        ValueError: wrong shapes or values, both or none of `latents` and `start`, or noise that
-            cannot be drawn because the shape of a latent is unknown.
+        ValueError: wrong shapes or values, both or none of `latents` and `start`, a model that
+            takes no `latent_mask` where there is one, or noise that cannot be drawn because the
+            shape of a latent is unknown.
 
     Examples:
         >>> from cyclevae.testing import toy_batch, toy_denoiser
@@ -146,9 +160,11 @@ def t2l(
         time,
         noise,
         generator,
+        latent_mask,
     )
     output = denoiser.denoise(**asked, need="latents")
-    return encoded._replace(prediction=need_latents(output, encoded.z_t))
+    prediction = only_kept(need_latents(output, encoded.z_t), encoded.latent_mask)
+    return encoded._replace(prediction=prediction)
 
 
 @at_the_door
@@ -163,6 +179,8 @@ def l2t_and_t2l(
     latent_process: LatentProcess,
     noise: Float[Tensor, "c *n d"] | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
+    text_latent_mask: Shaped[Tensor, "c n"] | None = None,
 ) -> tuple[Logits, T2L]:
     """`l2t` of some rows and `t2l` from pure noise of others, in one pass over all of them.
 
@@ -178,6 +196,8 @@ def l2t_and_t2l(
         latent_process: the latent process.
         noise: that the encoder starts from; drawn with `generator` if not given.
         generator: random state of the draws.
+        latent_mask: `[b, n]`, True = keep, of the latents to decode.
+        text_latent_mask: `[c, n]`, of those to write of the texts; both masks are given, or none.
 
     Returns:
         The logits `[b, s, v]`, and the encoder's half.
@@ -196,7 +216,12 @@ def l2t_and_t2l(
         >>> logits.shape, encoded.prediction.shape
         (torch.Size([3, 5, 7]), torch.Size([3, 4]))
     """
-    decode = _ask_l2t(latents, lengths, text_process, None, 1.0, generator)
+    if (latent_mask is None) != (text_latent_mask is None):
+        raise ValueError(
+            "give both `latent_mask` and `text_latent_mask`, or none: one pass tells the model one "
+            "mask; give torch.ones where nothing is padded"
+        )
+    decode = _ask_l2t(denoiser, latents, lengths, text_process, None, 1.0, generator, latent_mask)
     encode, encoded = _ask_t2l(
         denoiser,
         tokens,
@@ -208,6 +233,7 @@ def l2t_and_t2l(
         1.0,
         noise,
         generator,
+        text_latent_mask,
     )
     rows, length = decode["tokens"].shape
     longest = max(length, encode["tokens"].shape[1])
@@ -219,28 +245,32 @@ def l2t_and_t2l(
         return torch.cat(parts)
 
     tokens, both = stack("tokens", text_process.fill_id), stack("latents")
+    told: dict[str, Any] = {} if latent_mask is None else {"latent_mask": stack("latent_mask")}
     output = denoiser.denoise(
         tokens,
         both,
         text_time=stack("text_time"),
         latent_time=stack("latent_time"),
         attention_mask=stack("attention_mask", False),
+        **told,
     )
     logits = need_logits(output, tokens, text_process.vocab_size)
-    prediction = need_latents(output, both)
-    return logits[:rows, :length], encoded._replace(prediction=prediction[rows:])
+    prediction = only_kept(need_latents(output, both)[rows:], encoded.latent_mask)
+    return logits[:rows, :length], encoded._replace(prediction=prediction)
 
 
 def _ask_l2t(
+    denoiser: Denoiser,
     latents: Latents,
     attention_mask: MaskLike,
     text_process: TextProcess,
     tokens: Tokens | None,
     text_time: Number | Time,
     generator: torch.Generator | None,
+    latent_mask: LatentMaskLike | None,
 ) -> dict[str, Any]:
     """What a decoder pass asks of the model."""
-    checks.check_latents("latents", latents)
+    latents, latent_mask = kept_latents("latents", latents, latent_mask)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = checks.as_mask("attention_mask", attention_mask)
     checks.check_kept("attention_mask", mask)
@@ -256,6 +286,7 @@ def _ask_l2t(
         "text_time": checks.as_time("text_time", text_time, latents),
         "latent_time": checks.as_time("latent_time", 0.0, latents),
         "attention_mask": mask,
+        **tell_latent_mask(denoiser, latent_mask),
     }
 
 
@@ -270,6 +301,7 @@ def _ask_t2l(
     time: Number | Time,
     noise: Latents | None,
     generator: torch.Generator | None,
+    latent_mask: LatentMaskLike | None,
 ) -> tuple[dict[str, Any], T2L]:
     """What an encoder pass asks of the model, and the pass before it has an answer."""
     if (latents is None) == (start is None):
@@ -281,7 +313,7 @@ def _ask_t2l(
         checks.check_choice("start", start, ("noise",))
     tokens, mask = text_process.as_text(tokens, attention_mask, relaxed=True)
     if latents is not None:
-        checks.check_latents("latents", latents, latent_process.shape)
+        latents, latent_mask = kept_latents("latents", latents, latent_mask, latent_process.shape)
         checks.check_rows("latents", latents, "tokens", tokens)
         latents = in_its_dtype(latents, denoiser)
     stated_time = time
@@ -290,15 +322,19 @@ def _ask_t2l(
         if noise is not None:
             raise ValueError("`start` is a `z_t` as it is: give no `noise` beside it")
         noise = start
+    as_given = start is noise
     if noise is None:
         noise = draw_noise(
             len(tokens), latent_process, like=latents, generator=generator, at=tokens
         )
+        if latent_mask is not None:
+            latent_mask = as_latent_mask("latent_mask", latent_mask, noise.shape)
+            noise = only_kept(noise, latent_mask)
     else:
-        name = "noise" if start is not noise else "start"
-        checks.check_latents(name, noise, latent_process.shape)
+        name = "start" if as_given else "noise"
+        noise, latent_mask = kept_latents(name, noise, latent_mask, latent_process.shape)
         checks.check_rows(name, noise, "tokens", tokens)
-    as_given, noise = start is noise, in_its_dtype(noise, denoiser)
+    noise = in_its_dtype(noise, denoiser)
     if latents is not None:
         z_t = latent_process.noised(latents, noise, time)
     else:
@@ -309,5 +345,6 @@ def _ask_t2l(
         "text_time": torch.zeros_like(time),
         "latent_time": time,
         "attention_mask": mask,
+        **tell_latent_mask(denoiser, latent_mask),
     }
-    return asked, T2L(z_t, z_t, noise, time, stated_time)
+    return asked, T2L(z_t, z_t, noise, time, stated_time, latent_mask)

@@ -6,8 +6,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import as_latent_mask, only_kept
 from cyclevae._base.reduce import only_present
-from cyclevae._base.types import Latents, Rows
+from cyclevae._base.types import LatentMask, Latents, Rows
 from cyclevae.objective.batch import Batch
 from cyclevae.objective.rows import Arranged, Texts, stack_masks
 from cyclevae.processes.latent import LatentProcess
@@ -39,7 +40,7 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
             f"put rows without a partner into `batch.unpaired_{given}`"
         )
     _check_devices(batch)
-    batch = _only_present(batch)
+    batch = _only_kept(_only_present(batch), latent_process)
     shape = latent_process.shape
     parts = [
         _texts("", batch.tokens, batch.attention_mask, text_process, batch.has_text),
@@ -69,6 +70,8 @@ def arrange(batch: Batch, text_process: TextProcess, latent_process: LatentProce
         pseudo_text_mask=pseudo_text_mask,
         has_text=_stack_rows(batch.has_text, batch.unpaired_tokens),
         has_latent=_stack_rows(batch.has_latent, batch.unpaired_latents),
+        latent_mask=_stack_latent_masks(batch.latent_mask, batch.unpaired_latent_mask),
+        text_latent_mask=_stack_latent_masks(batch.latent_mask, batch.unpaired_text_latent_mask),
     )
 
 
@@ -94,6 +97,66 @@ def _only_present(batch: Batch) -> Batch:
         has_text=has_text,
         has_latent=has_latent,
     )
+
+
+_MASKED = {  # the masks of latents, and which part of a batch is of no use without
+    "latent_mask": "latents",
+    "unpaired_latent_mask": "unpaired_latents",
+    "unpaired_text_latent_mask": "unpaired_tokens",
+}
+
+
+def _only_kept(batch: Batch, latent_process: LatentProcess) -> Batch:
+    """The batch with zeros where masks of latents keep nothing, and these masks as bool."""
+    masks = {name: getattr(batch, name) for name in _MASKED}
+    if all(mask is None for mask in masks.values()):
+        return batch
+    changed: dict[str, Tensor] = {}
+    for name, of in _MASKED.items():
+        part, mask = getattr(batch, of), masks[name]
+        if part is None and mask is not None:
+            raise ValueError(f"`batch.{name}` came without `batch.{of}`")
+        if part is not None and mask is None:
+            cure = "torch.ones where nothing is padded"
+            if name == "unpaired_text_latent_mask":
+                cure = (
+                    "`unpaired_attention_mask` where a latent is as long as its text, else how "
+                    "long a latent the encoder is to write for each text"
+                )
+            raise ValueError(
+                f"a mask of latents is given, and none for `batch.{of}`: give `batch.{name}`, "
+                f"{cure}"
+            )
+        if part is None:
+            continue
+        if of != "unpaired_tokens":
+            shape = part.shape
+        else:
+            known = [x.shape[1:] for x in (batch.latents, batch.unpaired_latents) if x is not None]
+            one = known[0] if known else latent_process.shape
+            if one is None:
+                raise ValueError(
+                    f"`batch.{name}` is of latents whose shape nothing tells: set `shape` on the "
+                    "LatentProcess, as in LatentProcess(shape=(32, 64))"
+                )
+            shape = torch.Size((len(part), *one))
+        kept = as_latent_mask(f"batch.{name}", mask, shape, rows=_must_keep(batch, name))
+        if name == "latent_mask" and batch.has_latent is not None:
+            kept = kept | (~batch.has_latent & ~kept.any(dim=1))[:, None]
+        changed[name] = kept
+        if of != "unpaired_tokens":
+            changed[of] = only_kept(part, kept)
+    return batch._replace(**changed)
+
+
+def _must_keep(batch: Batch, name: str) -> Rows | None:
+    return batch.has_latent if name == "latent_mask" else None
+
+
+def _stack_latent_masks(paired: Tensor | None, unpaired: Tensor | None) -> LatentMask | None:
+    if paired is None or unpaired is None:
+        return unpaired if paired is None else paired
+    return torch.cat([paired, unpaired])
 
 
 def _stack_rows(paired: Rows | None, unpaired: Tensor | None) -> Bool[Tensor, " all"] | None:

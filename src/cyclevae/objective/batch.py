@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from cyclevae._base.types import Latents, MaskLike, Rows, Tokens
+from cyclevae._base.types import LatentMaskLike, Latents, MaskLike, Rows, Tokens
 
 
 class Batch(NamedTuple):
@@ -23,6 +23,13 @@ class Batch(NamedTuple):
             stands in the others, be it NaN, is not looked at: see `Arranged.borrowed`. Slower than
             unpaired parts, but shapes stay the same and no value is read.
         has_latent: bool `[b]`, which of them really have a latent.
+        latent_mask: `[b, n]`, True = keep, where latents `[b, n, d]` are of variable length. What
+            it does not keep, be it NaN, is not looked at. A row without a latent says by it how
+            long a latent the encoder is to write for its text: all of it, if it keeps nothing.
+        unpaired_latent_mask: `[b'', n]`, of the unpaired latents.
+        unpaired_text_latent_mask: `[b', n]`, of the latents to be written for the unpaired texts,
+            such as the mask of these texts where latents are as long as they. With a mask, every
+            part that the batch has needs its own, and latents are padded to one `n`.
 
     Examples:
         >>> import torch
@@ -41,3 +48,6 @@ class Batch(NamedTuple):
     pseudo_text_mask: MaskLike | None = None
     has_text: Rows | None = None
     has_latent: Rows | None = None
+    latent_mask: LatentMaskLike | None = None
+    unpaired_latent_mask: LatentMaskLike | None = None
+    unpaired_text_latent_mask: LatentMaskLike | None = None

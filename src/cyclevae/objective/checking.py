@@ -2,10 +2,12 @@
 
 from dataclasses import fields
 
+from cyclevae._base.types import LatentMask
 from cyclevae.gradient_policy.gate import check_patterns
 from cyclevae.gradient_policy.presets import PolicySchedule
 from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.model.direction import check_predicts
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.wrappers import refuse_unused
 from cyclevae.objective.plan import Plan, Planned, learners, make_plan
 from cyclevae.objective.requests import Decode, Encode, Own
@@ -106,6 +108,7 @@ def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
     """Refuse what the plan cannot run on this batch and network; the rows that it can run on."""
     for name in ("denoiser", "teacher"):
         check_predicts(name, getattr(step, name), step.latent_process)
+    tell_latent_mask(step.denoiser, _any_mask(step.rows))
     latents = step.rows.latents
     shape = step.latent_process.shape if latents is None else latents.shape[1:]
     for term in terms:  # also those that rest
@@ -133,6 +136,10 @@ def check_step(step: Step, terms: tuple[Term, ...]) -> Arranged:
         )
     # other ranks run the pass, so this one does, and counts no row of it
     return step.rows.marked()
+
+
+def _any_mask(rows: Arranged) -> LatentMask | None:
+    return rows.text_latent_mask if rows.latent_mask is None else rows.latent_mask
 
 
 def _lacks_rows(plan: Plan, rows: Arranged) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
-from cyclevae._base.types import Latents, Mask, Number, Rows, Tokens
+from cyclevae._base.types import LatentMask, Latents, Mask, Number, Rows, Tokens
 from cyclevae.bridges.text import draw_lengths
 from cyclevae.processes.text import TextProcess
 
@@ -81,6 +81,7 @@ class SideBySide(NamedTuple):
     mask: Mask
     has_text: Rows
     has_latent: Rows
+    latent_mask: LatentMask | None
 
 
 class Arranged(NamedTuple):
@@ -93,6 +94,8 @@ class Arranged(NamedTuple):
         pseudo_text_mask: lengths for the unpaired latents, if given.
         has_text: which of the texts are there; all if None.
         has_latent: which of the latents are.
+        latent_mask: what is kept of the latents; all if None.
+        text_latent_mask: what is kept of the latents that the encoder writes of the texts.
     """
 
     paired: int
@@ -101,6 +104,8 @@ class Arranged(NamedTuple):
     pseudo_text_mask: Mask | None
     has_text: Rows | None
     has_latent: Rows | None
+    latent_mask: LatentMask | None = None
+    text_latent_mask: LatentMask | None = None
 
     @property
     def has_both(self) -> Rows | None:
@@ -117,14 +122,17 @@ class Arranged(NamedTuple):
         """Those of all texts or latents that a share means."""
         return pick_rows(values, self.paired, *self.numbers(share, values))
 
+    def kept(self, share: Share) -> LatentMask | None:
+        """What is kept of the latents that a share means; all if None."""
+        return None if self.latent_mask is None else self.pick(self.latent_mask, share)
+
     def part(self, share: Share) -> "Arranged":
         """The same of a share of the rows, in both directions."""
         if share.pairs == share.others == 1:
             return self
         texts, latents, lengths = self.texts, self.latents, self.pseudo_text_mask
-        parts = [
-            None if x is None else self.pick(x, share) for x in (self.has_text, self.has_latent)
-        ]
+        rest = (self.has_text, self.has_latent, self.latent_mask, self.text_latent_mask)
+        parts = [None if x is None else self.pick(x, share) for x in rest]
         return Arranged(
             share.numbers(self.paired, self.paired, marked=False)[0],
             None if texts is None else Texts(*(self.pick(part, share) for part in texts)),
@@ -182,7 +190,11 @@ class Arranged(NamedTuple):
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         none = first & ~self.has_text.any()
         tokens = tokens[source].masked_fill(none, nothing)
-        return self._replace(texts=Texts(tokens, mask[source] | none))
+        masks = self.text_latent_mask
+        return self._replace(
+            texts=Texts(tokens, mask[source] | none),
+            text_latent_mask=None if masks is None else masks[source],
+        )
 
     def need_texts(self) -> Texts:
         """All texts, or an error where there is none."""
@@ -243,7 +255,14 @@ class Arranged(NamedTuple):
             mask,
             F.pad(has_text, (0, extra)),
             torch.cat([has_latent[:p], has_latent.new_zeros(alone), has_latent[p:]]),
+            self._masks_side_by_side(),
         )
+
+    def _masks_side_by_side(self) -> LatentMask | None:
+        texts, latents, p = self.text_latent_mask, self.latent_mask, self.paired
+        if texts is None or latents is None:
+            return None
+        return torch.cat([latents[:p], texts[p:], latents[p:]])
 
 
 def pick_rows(values: Tensor, paired: int, pairs: int, others: int) -> Tensor:

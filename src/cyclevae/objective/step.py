@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cyclevae._base.types import AnyTokens, Count, Latents, Logits, Mask, Number, Rows, Time
+from cyclevae._base.types import (
+    AnyTokens,
+    Count,
+    LatentMask,
+    Latents,
+    Logits,
+    Mask,
+    Number,
+    Rows,
+    Time,
+)
 from cyclevae.bridges.latent import encode_text
 from cyclevae.bridges.text import TextBridge, pseudo_text
 from cyclevae.gradient_policy.gate import refuse_reentrant
@@ -112,7 +122,8 @@ class Step(NamedTuple):
         whole: T2L = self._encoded(place)
         prediction, z_t, noise, time = [self._pick(part, request, place) for part in whole[:4]]
         stated_time = time if isinstance(whole.stated_time, Tensor) else whole.stated_time
-        return T2L(self._own(prediction, request), z_t, noise, time, stated_time)
+        kept = self.latent_mask(request)
+        return T2L(self._own(prediction, request), z_t, noise, time, stated_time, kept)
 
     def z_hat(self, request: Encode) -> Latents:
         """The latents that the encoder makes of the texts of a request, behind the guards."""
@@ -124,6 +135,13 @@ class Step(NamedTuple):
         """The texts of a request."""
         texts = self.rows.need_texts()
         return texts.pick(self.rows.paired, *self.rows.numbers(request.rows, texts.tokens))
+
+    def latent_mask(self, request: Decode | Encode) -> LatentMask | None:
+        """What is kept of the latents that a request reads or makes, `[b, n]`; all if None."""
+        mask = self.rows.latent_mask
+        if isinstance(request, Encode):
+            mask = self.rows.text_latent_mask
+        return None if mask is None else self.rows.pick(mask, request.rows)
 
     def pseudo_text(self, request: Decode, bridge: TextBridge) -> AnyTokens:
         """The text that a bridge makes of the logits of a request; equal ones are made once.
@@ -257,6 +275,7 @@ class Step(NamedTuple):
                         mask,
                         text_process=self.text_process,
                         generator=self.generator,
+                        latent_mask=self.latent_mask(request),
                     )
                 if request.freeze:
                     refuse_reentrant([logits])
@@ -289,6 +308,7 @@ class Step(NamedTuple):
     def _encode(self, place: int, request: Encode) -> T2L | Latents:
         noise, time = self._start(request)
         texts, maker = self.texts(request), self.made_by(request.maker)
+        kept = self.latent_mask(request)
         if request.bridge.steps > 1:
             return encode_text(
                 maker,
@@ -298,9 +318,18 @@ class Step(NamedTuple):
                 time=time,
                 noise=noise,
                 policy=self._policy(place),
+                latent_mask=kept,
             )
         with self._policy(place).bridge_pass(self.denoiser):
-            encoded = t2l(maker, *texts, **self.processes, start="noise", time=time, noise=noise)
+            encoded = t2l(
+                maker,
+                *texts,
+                **self.processes,
+                start="noise",
+                time=time,
+                noise=noise,
+                latent_mask=kept,
+            )
         if request.freeze:
             refuse_reentrant([encoded.prediction], bridge=noise)
         return encoded
@@ -336,6 +365,8 @@ class Step(NamedTuple):
             **self.processes,
             noise=noise,
             generator=self.generator,
+            latent_mask=self.latent_mask(self.plan.shared[decode]),
+            text_latent_mask=self.latent_mask(asked),
         )
         self.ran.passes[decode] = Decoded(latents, mask, logits)
         self.ran.passes[encode] = encoded
@@ -345,14 +376,14 @@ class Step(NamedTuple):
         for at, bridge, z_hat in self.ran.z_hats:
             if at == place and bridge == request.bridge:
                 return z_hat
-        ran = self._encoded(place)
+        ran, kept = self._encoded(place), self.latent_mask(self.plan.shared[place])
         if request.bridge.steps > 1:
-            z_hat = request.bridge.normed(ran)
+            z_hat = request.bridge.normed(ran, kept)
         else:
             z_hat = request.bridge.read(ran, self.latent_process)
         self.ran.z_hats.append((place, request.bridge, z_hat))
         if "latent_pred_norm" not in self.metrics:
-            self.metrics.update(moments(z_hat.detach()))
+            self.metrics.update(moments(z_hat.detach(), kept))
             if self.rows.latents is not None:
                 self.metrics["latent_norm"] = mean_norm(self.rows.latents, self.rows.has_latent)
         return z_hat

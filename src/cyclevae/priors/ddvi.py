@@ -5,10 +5,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.masked import kept_latents
 from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import (
     Count,
+    LatentMaskLike,
     Latents,
     Loss,
     MaskLike,
@@ -47,6 +49,7 @@ def ddvi_wake_kl(
     time: Number | Time | None = None,
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Scalar:
     """How much more the encoder's reverse process says of a latent than the prior's: a KL in nats.
@@ -72,6 +75,7 @@ def ddvi_wake_kl(
         time: a number or `[b]`, as if drawn uniformly in gamma; drawn so if not given.
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; both models are told.
         count: rows in the denominator, in place of those of `z_hat`: see `text_loss`.
 
     Raises:
@@ -94,7 +98,9 @@ def ddvi_wake_kl(
         (torch.Size([]), True)
     """
     check_frozen(teacher)
-    checks.check_latents("z_hat", z_hat, latent_process.shape, cure="has training diverged?")
+    z_hat, latent_mask = kept_latents(
+        "z_hat", z_hat, latent_mask, latent_process.shape, cure="has training diverged?"
+    )
     checks.check_rows("z_hat", z_hat, "tokens", tokens)
     tokens, mask = text_process.as_text(tokens, attention_mask)
     if null_mask is not None:
@@ -121,11 +127,12 @@ def ddvi_wake_kl(
         time=time,
         noise=noise,
         generator=generator,
+        latent_mask=latent_mask,
     )
     with detach():
         null_mask = mask if null_mask is None else null_mask
         hidden = text_process.at_full_noise(null_mask, generator=generator)
-        prior = without_text(teacher, encoded.z_t, null_mask, time, hidden)
+        prior = without_text(teacher, encoded.z_t, null_mask, time, hidden, latent_mask)
     error = noise_error(fp32(encoded.prediction) - fp32(prior), time, latent_process)
     per_row = weight * error.square().flatten(1).sum(dim=1)
     return reduce_latents(per_row, reduction="mean", count=count)
@@ -145,6 +152,7 @@ def ddvi_sleep_loss(
     noise: Latents | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Loss:
     """Teach the encoder the real latents of dreamt texts, those that the decoder writes.
@@ -167,6 +175,7 @@ def ddvi_sleep_loss(
         noise: standard normal noise; drawn with `generator` if not given.
         generator: random state of the draws.
         reduction: as `latent_loss`.
+        latent_mask: as `latent_loss`; the model is told.
         count: as `latent_loss`.
 
     Raises:
@@ -185,7 +194,7 @@ def ddvi_sleep_loss(
         (torch.Size([]), True)
     """
     check_bridge_maker(maker, made="y_hat" if y_hat is not None else None)
-    checks.check_latents("latents", latents, latent_process.shape)
+    latents, latent_mask = kept_latents("latents", latents, latent_mask, latent_process.shape)
     checks.check_rows("attention_mask", attention_mask, "latents", latents)
     mask = checks.as_mask("attention_mask", attention_mask)
     if y_hat is None:
@@ -197,6 +206,7 @@ def ddvi_sleep_loss(
                     mask,
                     text_process=text_process,
                     generator=generator,
+                    latent_mask=latent_mask,
                 ),
                 mask,
                 text_process=text_process,
@@ -218,5 +228,6 @@ def ddvi_sleep_loss(
         noise=noise,
         generator=generator,
         reduction=reduction,
+        latent_mask=latent_mask,
         count=count,
     )

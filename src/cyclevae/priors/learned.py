@@ -1,6 +1,5 @@
 """A learned prior: the unconditional latent denoiser of a frozen teacher as p(z)."""
 
-import math
 from contextlib import nullcontext
 from typing import Literal, get_args
 
@@ -10,12 +9,25 @@ from torch import Tensor, nn
 
 from cyclevae._base import checks
 from cyclevae._base.derivatives import once
+from cyclevae._base.masked import kept_latents, kept_numbers, only_kept
 from cyclevae._base.precision import fp32
 from cyclevae._base.reduce import reduce_latents
-from cyclevae._base.types import Count, Latents, Mask, MaskLike, Number, Scalar, Time, Tokens
+from cyclevae._base.types import (
+    Count,
+    LatentMask,
+    LatentMaskLike,
+    Latents,
+    Mask,
+    MaskLike,
+    Number,
+    Scalar,
+    Time,
+    Tokens,
+)
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.door import at_the_door
+from cyclevae.model.padding import tell_latent_mask
 from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -42,6 +54,7 @@ def learned_prior(
     noise: Float[Tensor, "r *n d"] | None = None,
     generator: torch.Generator | None = None,
     samples: int = 1,
+    latent_mask: LatentMaskLike | None = None,
     count: Count | None = None,
 ) -> Scalar:
     """How improbable latents are under the teacher's own distribution of latents.
@@ -93,6 +106,8 @@ def learned_prior(
         noise: standard normal `n` in the shape of `b * samples` latents; drawn if not given.
         generator: random state of the draws.
         samples: how often each row is repeated, at other times and with other noise.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; `D` is then that of what a row
+            keeps, and the teacher is told.
         count: rows in the denominator, in place of those of `z`: see `text_loss`.
 
     Raises:
@@ -133,12 +148,17 @@ def learned_prior(
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples!r}")
     check_frozen(teacher)
-    checks.check_latents("z", z, latent_process.shape, cure="has training diverged?")
+    z, latent_mask = kept_latents(
+        "z", z, latent_mask, latent_process.shape, cure="has training diverged?"
+    )
     checks.warn_without_graph("z", z, cure=checks.ENCODE_WITH_GRAPH)
     checks.check_rows("attention_mask", attention_mask, "z", z)
     mask = checks.as_mask("attention_mask", attention_mask)
     checks.check_kept("attention_mask", mask)
     z, mask = z.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
+    if latent_mask is not None:
+        latent_mask = latent_mask.repeat_interleave(samples, dim=0)
+    dimensions = kept_numbers(z, latent_mask)
     mean = fp32(z)
     time, weight = weighted_times(
         weighting, mean, latent_process, low=low, high=high, time=time, generator=generator
@@ -147,6 +167,7 @@ def learned_prior(
         noise = draw_noise(len(z), latent_process, at=z, like=mean, generator=generator)
     else:
         checks.check_same_shape("noise", noise, "z, repeated `samples` times,", z)
+    noise = only_kept(noise, latent_mask)
 
     alpha, sigma = latent_process.alpha_sigma(time)
     spread = (alpha.square() * posterior_std**2 + sigma.square()).sqrt()
@@ -157,20 +178,22 @@ def learned_prior(
     distilled = form == "score_distillation"
     with detach() if distilled else nullcontext():
         hidden = text_process.at_full_noise(mask, generator=generator)
-        prediction = without_text(teacher, z_t, mask, time, hidden)
+        prediction = without_text(teacher, z_t, mask, time, hidden, latent_mask)
         error = latent_process.target(clean, eps, time) - fp32(prediction)
         error = noise_error(error, time, latent_process)
 
     per_row = weight * error.square().flatten(1).sum(dim=1)
     if form != "score_difference":
         unknown = (alpha * posterior_std / spread).square()  # Var(eps | z_t), per dimension
-        per_row = per_row + weight * unknown * math.prod(z.shape[1:])
+        per_row = per_row + weight * unknown * dimensions
     if distilled:
         surrogate = -weight * alpha * (error * mean).flatten(1).sum(dim=1)
         per_row = per_row + once(surrogate, "form='score_distillation'") - surrogate.detach()
     if boundaries:
         kl = form == "score_difference"
-        per_row = per_row + boundary_terms(mean, latent_process, low, high, posterior_std, kl=kl)
+        per_row = per_row + boundary_terms(
+            mean, latent_process, low, high, posterior_std, kl=kl, dimensions=dimensions
+        )
     return reduce_latents(
         per_row, reduction="mean", count=None if count is None else count * samples
     )
@@ -201,7 +224,12 @@ def check_frozen(teacher: Denoiser) -> None:
 
 
 def without_text(
-    teacher: Denoiser, z_t: Latents, mask: Mask, time: Time, hidden: Tokens
+    teacher: Denoiser,
+    z_t: Latents,
+    mask: Mask,
+    time: Time,
+    hidden: Tokens,
+    latent_mask: LatentMask | None = None,
 ) -> Latents:
     """The prediction of the unconditional mode: the text is at full noise."""
     output = teacher.denoise(
@@ -211,8 +239,9 @@ def without_text(
         latent_time=time,
         attention_mask=mask,
         need="latents",
+        **tell_latent_mask(teacher, latent_mask),
     )
-    return need_latents(output, z_t)
+    return only_kept(need_latents(output, z_t), latent_mask)
 
 
 def noise_error(error: Latents, time: Time, latent_process: LatentProcess) -> Latents:

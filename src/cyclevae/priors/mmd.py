@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.precision import fp64, no_autocast, rounded
-from cyclevae._base.types import Latents, Number, Scalar
+from cyclevae._base.types import Count, LatentMaskLike, Latents, Number, Scalar
 from cyclevae.model.door import at_the_door
 from cyclevae.priors.kernels import (
     gaussian_kernel,
@@ -38,9 +39,10 @@ def mmd_prior(
     mean: Moment | None = None,
     variance: Moment = 1.0,
     covariance: Float[Tensor, "D D"] | None = None,
-    reference: Float[Tensor, "m *n d"] | None = None,
+    reference: Float[Tensor, "m *k d"] | None = None,
     bandwidth: Bandwidth = "target",
     standardize: bool = False,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Scalar:
     """Squared maximum mean discrepancy to a Gaussian, with the Gaussian's side in closed form.
 
@@ -80,11 +82,15 @@ def mmd_prior(
             bandwidth used, as of a fixed one: the value then counts standard deviations of batches
             on the target, whatever the batch size, width and kernel. Not for `biased` or
             `reference`, where there is no such form.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: samples are then the kept
+            vectors of `D = d` numbers, of any row and position, and moments of the target `[d]`.
+            A `reference` is then of vectors `[m, d]`. The cost is quadratic in `b n`.
 
     Raises:
         ValueError: fewer than 2 samples, latents that are not finite, a scale or variance that is
             not above 0, a target whose shape does not fit, a covariance that is not symmetric
-            positive definite, a reference that does not vary, or two targets at once.
+            positive definite, a reference that does not vary, two targets at once, or `linear` with
+            a mask, under which neighbours are vectors of one row.
 
     Reference: Gretton et al., A kernel two-sample test, JMLR 2012; the closed form is the BHEP
     statistic of Henze and Zirkler, 1990; `imq` is the kernel of WAE,
@@ -111,28 +117,41 @@ def mmd_prior(
             "`standardize` has no closed form for `reference` or the 'biased' estimator; "
             "leave it out, or compare with a Gaussian by 'unbiased' or 'linear'"
         )
-    x, v = standard_form(z, mean, variance, "unbiased")
+    if latent_mask is not None and estimator == "linear":
+        raise ValueError(
+            "estimator='linear' compares neighbours, which under a `latent_mask` are vectors of "
+            "one row; use 'unbiased', or `sigreg_prior`, whose cost is linear too"
+        )
+    samples = standard_form(z, mean, variance, "unbiased", latent_mask)
+    x, v, kept, n = samples
     with no_autocast(x):
         if covariance is not None:
             x, v = _along_axes(x, covariance)
-        y = None if reference is None else _samples(reference, z).to(x)
+        of_one = z.shape[1:] if kept is None else z.shape[2:]
+        y = None if reference is None else _reference(reference, of_one).to(x)
         total = v.sum() if y is None else y.var(dim=0).sum()
         if estimator == "linear":
             rows = min(len(x), len(x if y is None else y)) // 2 * 2
             x, y = x[:rows], None if y is None else y[:rows]
-        pairs = _pairs(x, estimator)
+        pairs, of_kept = _pairs(x, estimator), _kept_pairs(kept)
         if bandwidth == "median":
-            pooled = pairs if y is None else _pairs(torch.cat([x, y]), estimator)
-            total = _half_median(pooled.detach(), total)
+            pooled, of_pooled = pairs, of_kept
+            if y is not None:
+                pooled = _pairs(torch.cat([x, y]), estimator)
+                of_pooled = (
+                    None if kept is None else _kept_pairs(F.pad(kept, (0, len(y)), value=True))
+                )
+            total = _half_median(pooled.detach(), total, of_pooled)
         k = _KERNELS[kernel](scales, total)
         if y is None:
-            cross, own = k.mean(x, v).mean(), k.self_mean(v)
+            cross, own = samples.mean(k.mean(x, v)), k.self_mean(v)
         else:
-            cross = k.of(_cross(x, y, estimator)).mean()
+            cross = k.of(_cross(x, y, estimator))
+            cross = cross.mean() if kept is None else samples.mean(cross).mean()
             own = _within(k.of(_pairs(y, estimator)), len(y), estimator)
-        mmd2 = _within(k.of(pairs), len(x), estimator) - 2 * cross + own
+        mmd2 = _within(k.of(pairs), n, estimator, of_kept) - 2 * cross + own
         if standardize:
-            count = len(x) / 2 if estimator == "linear" else len(x) * (len(x) - 1) / 2
+            count = len(x) / 2 if estimator == "linear" else n * (n - 1) / 2
             alike = covariance is None and not (isinstance(variance, Tensor) and variance.ndim)
             null = k.null_variance(v[:1], copies=len(v)) if alike else k.null_variance(v)
             mmd2 = mmd2 / (null / count).sqrt()
@@ -154,14 +173,35 @@ def _cross(x: Samples, y: Float[Tensor, "m D"], estimator: MMDEstimator) -> Floa
     return squared_distances(x, y)
 
 
-def _within(values: Float[Tensor, "..."], n: int, estimator: MMDEstimator) -> Scalar:
+def _kept_pairs(kept: Bool[Tensor, " b"] | None) -> Bool[Tensor, "..."] | None:
+    """Which of `_pairs` are of two kept rows."""
+    if kept is None:
+        return None
+    n = len(kept)
+    return (kept[:, None] & kept).flatten()[1:].view(n - 1, n + 1)[:, :-1]
+
+
+def _within(
+    values: Float[Tensor, "..."],
+    n: Count,
+    estimator: MMDEstimator,
+    kept: Bool[Tensor, "..."] | None = None,
+) -> Scalar:
     mean = values.mean()
+    if kept is not None:
+        mean = torch.where(kept, values, 0.0).sum() / (n * (n - 1))
     return mean + (1 - mean) / n if estimator == "biased" else mean  # k(x, x) = 1
 
 
-def _half_median(distance2: Float[Tensor, "..."], total: Scalar) -> Scalar:
+def _half_median(
+    distance2: Float[Tensor, "..."], total: Scalar, kept: Bool[Tensor, "..."] | None = None
+) -> Scalar:
     # of two independent points of an isotropic Gaussian, ||x - y||^2 is about 2T
-    half = distance2.flatten().median() / 2
+    if kept is None:
+        half = distance2.flatten().median() / 2
+    else:
+        ordered = torch.where(kept, distance2, torch.inf).flatten().sort().values
+        half = ordered.gather(0, (kept.sum().view(1) - 1).clamp(min=0) // 2)[0] / 2
     return torch.where(half > _COLLAPSED * total, half, total)
 
 
@@ -185,8 +225,8 @@ def _along_axes(
     return x @ axes.to(x), variances.to(x)
 
 
-def _samples(reference: Float[Tensor, "m *n d"], z: Latents) -> Float[Tensor, "m D"]:
-    checks.check_latents("reference", reference, z.shape[1:])
+def _reference(reference: Float[Tensor, "m *n d"], shape: Sequence[int]) -> Float[Tensor, "m D"]:
+    checks.check_latents("reference", reference, shape)
     if len(reference) < 2:
         raise ValueError(f"`reference` needs at least 2 samples, got shape {list(reference.shape)}")
     if checks.reads_values(reference) and bool((reference == reference[:1]).all()):

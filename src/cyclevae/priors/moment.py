@@ -9,14 +9,14 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.precision import fp64, no_autocast, rounded
-from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae._base.types import Count, Estimator, LatentMaskLike, Latents, Number, Scalar
 from cyclevae.model.door import at_the_door
-from cyclevae.priors.samples import Moment, standard_form
+from cyclevae.priors.samples import Moment, Samples, standard_form
 
 MomentForm = Literal[
     "diagonal", "bures", "kl", "norm", "hinge", "covariance", "full_kl", "full_bures"
 ]
-Samples = Float[Tensor, "b D"]
+Rows = Float[Tensor, "b D"]
 Mean = Float[Tensor, " D"]
 PerDimension = Float[Tensor, " D"]
 Factor = Float[Tensor, " D"] | Float[Tensor, "D D"]  # standard deviations, or a Cholesky factor
@@ -36,6 +36,7 @@ def moment_prior(
     covariance: Float[Tensor, "D D"] | None = None,
     estimator: Estimator = "unbiased",
     threshold: Number = 1.0,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Scalar:
     """Distance of a batch's mean and spread from those of a Gaussian.
 
@@ -71,6 +72,8 @@ def moment_prior(
             `full_kl` and `full_bures`.
         estimator: `unbiased` or `biased`; `full_bures` has the second only.
         threshold: of `hinge`, in standard deviations of the target.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: samples are then the kept
+            vectors of `D = d` numbers, of any row and position, and moments of the target `[d]`.
 
     Raises:
         ValueError: fewer than 2 samples (3 for an unbiased `covariance`, D + 1 for `full_kl`),
@@ -92,98 +95,96 @@ def moment_prior(
         tensor(2.)
     """
     checks.check_choice("form", form, get_args(MomentForm))
-    x, v = standard_form(z, mean, variance, estimator)
-    _check_use(x, form, variance, covariance, estimator, threshold)
+    samples = standard_form(z, mean, variance, estimator, latent_mask)
+    x, v, _, n = samples
+    _check_use(samples, form, variance, covariance, estimator, threshold)
     unbiased = estimator == "unbiased"
     with no_autocast(x):
         scale = v.sqrt() if covariance is None else _factor(covariance, x)
         if form in _WHITENED:
             x = _whiten(x, scale)
-        m, c = x.mean(dim=0), x - x.mean(dim=0)
-        c = c - c.mean(dim=0)  # the first mean of latents far from 0 was rounded
+        m = samples.mean(x)
+        c = samples.only(x - m)
+        c = samples.only(c - samples.mean(c))  # the first mean of latents far from 0 was rounded
         match form:
             case "diagonal":
-                distance = _diagonal(m, c, v, unbiased)
+                distance = _diagonal(m, c, n, v, unbiased)
             case "bures":
-                distance = _bures(m, c, scale, unbiased)
+                distance = _bures(m, c, n, scale, unbiased)
             case "kl":
-                distance = _kl(m, c, unbiased)
+                distance = _kl(m, c, n, unbiased)
             case "norm":
-                distance = _norm(x, unbiased)
+                distance = samples.mean((x.square().mean(dim=1) - 1).square())
+                if unbiased:
+                    distance = distance - 2 / x.shape[1]
             case "hinge":
-                distance = _hinge(c, scale, threshold, unbiased)
+                distance = _hinge(c, n, scale, threshold, unbiased)
             case "covariance":
-                distance = _covariance(m, c, scale, unbiased)
+                distance = _covariance(m, c, n, scale, unbiased)
             case "full_kl":
-                distance = _full_kl(m, c, unbiased)
+                distance = _full_kl(m, c, n, unbiased)
             case "full_bures":
-                distance = _full_bures(m, c, scale)
+                distance = _full_bures(m, c, n, scale)
         return rounded(distance, z)
 
 
-def _diagonal(m: Mean, c: Samples, variance: PerDimension, unbiased: bool) -> Scalar:
-    s2 = _variance(c)
-    distance = _squared_mean(m, c, unbiased) + (s2 - variance).square().sum()
+def _diagonal(m: Mean, c: Rows, n: Count, variance: PerDimension, unbiased: bool) -> Scalar:
+    s2 = _variance(c, n)
+    distance = _squared_mean(m, c, n, unbiased) + (s2 - variance).square().sum()
     # E s^4 = (1 + 2/(n - 1)) sigma^4
-    return distance - 2 / (len(c) + 1) * s2.square().sum() if unbiased else distance
+    return distance - 2 / (n + 1) * s2.square().sum() if unbiased else distance
 
 
-def _bures(m: Mean, c: Samples, std: PerDimension, unbiased: bool) -> Scalar:
-    s = _std(c)
-    distance = _squared_mean(m, c, unbiased) + (s - std).square().sum()
+def _bures(m: Mean, c: Rows, n: Count, std: PerDimension, unbiased: bool) -> Scalar:
+    s = _std(c, n)
+    distance = _squared_mean(m, c, n, unbiased) + (s - std).square().sum()
     if not unbiased:
         return distance
-    excess = 1 / _mean_chi(len(c) - 1) - 1  # E s is below sigma
+    excess = 1 / _mean_chi(n - 1) - 1  # E s is below sigma
     return distance - 2 * excess.to(c.dtype) * (std * s).sum()
 
 
-def _kl(m: Mean, c: Samples, unbiased: bool) -> Scalar:
-    n, d = c.shape
-    mean_log = d * _mean_log_det(n - 1, 1)
-    return _kl_of_spreads(m, c, _variance(c), mean_log, unbiased)
+def _kl(m: Mean, c: Rows, n: Count, unbiased: bool) -> Scalar:
+    mean_log = c.shape[1] * _mean_log_det(n - 1, 1)
+    return _kl_of_spreads(m, c, n, _variance(c, n), mean_log, unbiased)
 
 
-def _full_kl(m: Mean, c: Samples, unbiased: bool) -> Scalar:
-    n, d = c.shape
-    return _kl_of_spreads(m, c, _spreads(c).square(), _mean_log_det(n - 1, d), unbiased)
+def _full_kl(m: Mean, c: Rows, n: Count, unbiased: bool) -> Scalar:
+    mean_log = _mean_log_det(n - 1, c.shape[1])
+    return _kl_of_spreads(m, c, n, _spreads(c, n).square(), mean_log, unbiased)
 
 
 def _kl_of_spreads(
-    m: Mean, c: Samples, s2: PerDimension, mean_log: Tensor, unbiased: bool
+    m: Mean, c: Rows, n: Count, s2: PerDimension, mean_log: Tensor, unbiased: bool
 ) -> Scalar:
     """From N(0, I), of a Gaussian with the variances `s2` along axes of its own."""
     logs = s2.clamp(min=_SMALL).log() + (s2 / _SMALL).clamp(max=1) - 1
-    divergence = (_squared_mean(m, c, unbiased) + (s2 - 1 - logs).sum()) / 2
+    divergence = (_squared_mean(m, c, n, unbiased) + (s2 - 1 - logs).sum()) / 2
     return divergence + mean_log.to(c.dtype) / 2 if unbiased else divergence
 
 
-def _norm(x: Samples, unbiased: bool) -> Scalar:
-    deviation = (x.square().mean(dim=1) - 1).square().mean()
-    return deviation - 2 / x.shape[1] if unbiased else deviation
-
-
-def _hinge(c: Samples, std: PerDimension, threshold: Number, unbiased: bool) -> Scalar:
-    hinge = (threshold * std - _std(c)).relu().sum()
+def _hinge(c: Rows, n: Count, std: PerDimension, threshold: Number, unbiased: bool) -> Scalar:
+    hinge = (threshold * std - _std(c, n)).relu().sum()
     if not unbiased:
         return hinge
     # s = std chi_k / sqrt k, and E [chi_k; chi_k < a] = E chi_k P(chi_(k+1) < a)
-    half = _half(len(c) - 1)
+    half = _half(n - 1)
     cut = half * threshold**2
     below: Tensor = torch.special.gammainc(half, cut)
     weighted: Tensor = torch.special.gammainc(half + 0.5, cut)
-    floor = threshold * below - _mean_chi(len(c) - 1) * weighted
+    floor = threshold * below - _mean_chi(n - 1) * weighted
     bias = floor - max(0.0, threshold - 1)  # less the form's own value at the target
     return hinge - bias.to(c.dtype) * std.sum()
 
 
-def _covariance(m: Mean, c: Samples, scale: Factor, unbiased: bool) -> Scalar:
-    n, d = c.shape
+def _covariance(m: Mean, c: Rows, n: Count, scale: Factor, unbiased: bool) -> Scalar:
+    rows, d = c.shape
     k = n - 1
-    gram = (c @ c.T if n < d else c.T @ c) / k
+    gram = (c @ c.T if rows < d else c.T @ c) / k
     square = gram.square().sum()  # tr S^2, either way
     cross = _colour(c, scale).square().sum() / k  # tr S C
     own = (scale.square() if scale.ndim == 1 else scale.T @ scale).square().sum()  # tr C^2
-    distance = _squared_mean(m, c, unbiased) + square - 2 * cross + own
+    distance = _squared_mean(m, c, n, unbiased) + square - 2 * cross + own
     if not unbiased:
         return distance
     # tr S^2 less the unbiased estimate of tr Sigma^2, for the batch's true covariance Sigma, from
@@ -192,61 +193,70 @@ def _covariance(m: Mean, c: Samples, scale: Factor, unbiased: bool) -> Scalar:
     return distance - (k * trace.square() + (k - 2) * square) / ((k + 2) * (k - 1))
 
 
-def _full_bures(m: Mean, c: Samples, scale: Factor) -> Scalar:
-    spreads = _spreads(_colour(c, scale))
+def _full_bures(m: Mean, c: Rows, n: Count, scale: Factor) -> Scalar:
+    spreads = _spreads(_colour(c, scale), n)
     # Along an axis without spread the subgradient is any direction; take the smallest, which is 0.
     rounding = max(c.shape) * torch.finfo(c.dtype).eps * spreads.max()
     fidelity = torch.where(spreads > rounding, spreads, spreads.detach()).sum()
-    return _squared_mean(m, c, False) + _variance(c).sum() + scale.square().sum() - 2 * fidelity
+    return (
+        _squared_mean(m, c, n, False) + _variance(c, n).sum() + scale.square().sum() - 2 * fidelity
+    )
 
 
 # --- moments of the batch ---------------------------------------------------------------------
 
 
-def _squared_mean(m: Mean, c: Samples, unbiased: bool) -> Scalar:
-    return m.square().sum() - _variance(c).sum() / len(c) if unbiased else m.square().sum()
+def _squared_mean(m: Mean, c: Rows, n: Count, unbiased: bool) -> Scalar:
+    return m.square().sum() - _variance(c, n).sum() / n if unbiased else m.square().sum()
 
 
-def _variance(c: Samples) -> PerDimension:
-    return c.square().sum(dim=0) / (len(c) - 1)
+def _variance(c: Rows, n: Count) -> PerDimension:
+    return c.square().sum(dim=0) / (n - 1)
 
 
-def _std(c: Samples) -> PerDimension:
+def _std(c: Rows, n: Count) -> PerDimension:
     # A norm has the gradient 0 at 0, where the root of a variance has none.
     norm: Tensor = torch.linalg.vector_norm(c, dim=0)
-    return norm / sqrt(len(c) - 1)
+    return norm / _root(n - 1)
 
 
-def _spreads(c: Samples) -> Float[Tensor, " axes"]:
+def _root(k: Count) -> float | Tensor:
+    return k.sqrt() if isinstance(k, Tensor) else sqrt(k)
+
+
+def _spreads(c: Rows, n: Count) -> Float[Tensor, " axes"]:
     """Standard deviations along the axes of the batch's own ellipsoid."""
     # torch raises at values that are not finite; the mean then is not either, nor will the loss be
     values: Tensor = torch.linalg.svdvals(c.nan_to_num(0.0, 0.0, 0.0))
-    return values / sqrt(len(c) - 1)
+    return values / _root(n - 1)
 
 
 # --- moments of what a batch of the target would have, in float64, which some devices lack ------
 
 
-def _half(k: int) -> Scalar:
+def _half(k: Count) -> Scalar:
+    if isinstance(k, Tensor):
+        return k / 2
     return torch.full((), k / 2, dtype=torch.float64, device="cpu")
 
 
-def _mean_chi(k: int) -> Scalar:
+def _mean_chi(k: Count) -> Scalar:
     """`E s = E chi_k / sqrt k` of k + 1 standard normals."""
     half = _half(k)
     return ((half + 0.5).lgamma() - half.lgamma()).exp() / half.sqrt()
 
 
-def _mean_log_det(k: int, d: int) -> Scalar:
+def _mean_log_det(k: Count, d: int) -> Scalar:
     """`E log det S` of k + 1 standard normals in d dimensions."""
-    halves = torch.arange(k - d + 1, k + 1, dtype=torch.float64, device="cpu") / 2
-    return (halves.digamma() - _half(k).log()).sum()
+    half = _half(k)
+    halves = half + torch.arange(1 - d, 1, dtype=half.dtype, device=half.device) / 2
+    return (halves.digamma() - half.log()).sum()
 
 
 # --- the target -------------------------------------------------------------------------------
 
 
-def _factor(covariance: Tensor, x: Samples) -> Float[Tensor, "D D"]:
+def _factor(covariance: Tensor, x: Rows) -> Float[Tensor, "D D"]:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(fp64(covariance))
     if checks.reads_values(covariance):
@@ -259,26 +269,26 @@ def _factor(covariance: Tensor, x: Samples) -> Float[Tensor, "D D"]:
     return factor.to(x)
 
 
-def _whiten(x: Samples, scale: Factor) -> Samples:
+def _whiten(x: Rows, scale: Factor) -> Rows:
     if scale.ndim == 1:
         return x / scale
     white: Tensor = torch.linalg.solve_triangular(scale, x.T, upper=False)
     return white.T
 
 
-def _colour(x: Samples, scale: Factor) -> Samples:
+def _colour(x: Rows, scale: Factor) -> Rows:
     return x * scale if scale.ndim == 1 else x @ scale
 
 
 def _check_use(
-    x: Samples,
+    samples: Samples,
     form: MomentForm,
     variance: Moment,
     covariance: Tensor | None,
     estimator: Estimator,
     threshold: Number,
 ) -> None:
-    n, d = x.shape
+    n, d = samples.most(), samples.x.shape[1]
     checks.check_positive("threshold", threshold)
     if threshold != 1 and form != "hinge":
         raise ValueError(f"`threshold` is of the form 'hinge' only, got form {form!r}")

@@ -5,7 +5,7 @@ import torch
 from cyclevae._base import checks
 from cyclevae._base.draws import seeded
 from cyclevae._base.precision import fp32, no_autocast, rounded
-from cyclevae._base.types import Estimator, Latents, Number, Scalar
+from cyclevae._base.types import Estimator, LatentMaskLike, Latents, Number, Scalar
 from cyclevae.model.door import at_the_door
 from cyclevae.priors.samples import Moment, standard_form
 
@@ -21,6 +21,7 @@ def sigreg_prior(
     variance: Moment = 1.0,
     estimator: Estimator = "unbiased",
     generator: torch.Generator | None = None,
+    latent_mask: LatentMaskLike | None = None,
 ) -> Scalar:
     """SIGReg: characteristic functions of random projections against that of a Gaussian.
 
@@ -46,6 +47,8 @@ def sigreg_prior(
         estimator: `unbiased` or `biased`.
         generator: random state of the directions, on the device of `z`. On several ranks the
             directions must be the same: seed it alike on all of them, for example with the step.
+        latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`: samples are then the kept
+            vectors of `D = d` numbers, of any row and position, and moments of the target `[d]`.
 
     Raises:
         ValueError: fewer than 2 samples, latents that are not finite, a variance or bound that is
@@ -62,12 +65,13 @@ def sigreg_prior(
         >>> bool(good.abs() < 0.5), bool(collapsed > 20)
         (True, True)
     """
-    x, v = standard_form(z, mean, variance, estimator)
+    samples = standard_form(z, mean, variance, estimator, latent_mask)
+    x, v, _, n = samples
     checks.check_positive("bound", bound)
     for name, value, least in (("directions", directions, 1), ("knots", knots, 2)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
-    n, d = x.shape
+    d = x.shape[1]
     # drawn alike for latents of any precision
     u = torch.randn(d, directions, dtype=fp32(z).dtype, device=x.device, **seeded(generator)).to(x)
     u = u / torch.linalg.vector_norm(u, dim=0)
@@ -76,7 +80,7 @@ def sigreg_prior(
     with no_autocast(x):
         projections = (x / v.sqrt()) @ u
         angle = projections[..., None] * t
-        real, imaginary = angle.cos().mean(dim=0), angle.sin().mean(dim=0)
+        real, imaginary = samples.mean(angle.cos()), samples.mean(angle.sin())
         gap = (real - target).square() + imaginary.square()
         if estimator == "unbiased":
             gap = gap - (1 - real.square() - imaginary.square()) / (n - 1)

@@ -70,15 +70,15 @@ def boundary_terms(
     posterior_std: Number,
     *,
     kl: bool,
+    dimensions: int | Tensor,
 ) -> Float[Tensor, " b"]:
-    """The two ends of the bound per row, in nats; without its constant if `kl`."""
+    """The two ends of the bound per row of so many dimensions, in nats; no constant if `kl`."""
     first, last = _steps(latent_process, low, high)
     ends = torch.arange(first, last + 1, last - first, dtype=mean.dtype, device=mean.device)
     alpha, sigma = latent_process.alpha_sigma(_time_of(ends))
     variance = (alpha * posterior_std).square() + sigma.square()
     start = latent_process.start_variance(_time_of(ends))[1]
     left = ((variance if kl else sigma.square())[1] / start).log()
-    dimensions = math.prod(mean.shape[1:])
     square = (alpha[1] * mean).square().flatten(1).sum(dim=1) / start
     at_high = (square + dimensions * (variance[1] / start - 1 - left)) / 2
     if kl:

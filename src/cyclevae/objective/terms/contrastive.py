@@ -89,4 +89,5 @@ class Contrastive(Term):
             critic=self.critic,
             duplicates=same_text(*texts),
             rows=None if there is None else there[: len(z_hat)],
+            latent_mask=step.rows.kept(self.rows),
         )

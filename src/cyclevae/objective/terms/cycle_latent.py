@@ -17,7 +17,7 @@ from cyclevae.gradient_policy.presets import (
     policy_at,
 )
 from cyclevae.losses.cycle_latent import cycle_latent_loss
-from cyclevae.losses.latent import AnyDistance, check_distance, errors_per_row
+from cyclevae.losses.latent import AnyDistance, check_distance, count_errors
 from cyclevae.model.maker import LIVE, Maker, check_maker
 from cyclevae.objective.requests import DECODER, ENCODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
@@ -118,8 +118,8 @@ class CycleLatent(UnpairedTerm):
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
         """Elements of the latents that it reads."""
-        read = self.read(rows, "latent").sum()
-        return {"": read * errors_per_row(rows.latents, self.distance)}
+        read, mask = self.read(rows, "latent"), rows.kept(self.rows)
+        return {"": count_errors(rows.latents, read, mask, distance=self.distance)}
 
     def check(self, setting: Setting) -> None:
         """The latent that is read off must be well-conditioned, and a bound have its weights."""
@@ -136,7 +136,7 @@ class CycleLatent(UnpairedTerm):
     def loss(self, step: Step) -> Scalar:
         """The distance of latents, and of what the encoder makes of their texts."""
         asked, bridge = self.decodes(step.number), self.bridge_at(step.number)
-        decoded = step.decoded(asked)
+        decoded, mask = step.decoded(asked), step.latent_mask(asked)
         time = step.time(self.time, decoded.latents)
         writes_on = self.maker != LIVE and not bridge.reads_logits_alone
         error = cycle_latent_loss(
@@ -154,10 +154,12 @@ class CycleLatent(UnpairedTerm):
             policy=policy_at(self.policy, step.number),
             distance=self.distance,
             reduction="none",
+            latent_mask=mask,
         )
         return reduce_latents(
             error,
             reduction="mean",
             rows=self.there(step.rows, "latent"),
+            latent_mask=mask,
             count=step.denominator(),
         )

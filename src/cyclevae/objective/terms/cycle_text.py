@@ -117,6 +117,7 @@ class CycleText(UnpairedTerm):
             generator=step.generator,
             policy=policy_at(self.policy, step.number),
             reduction="none",
+            latent_mask=step.latent_mask(asked),
         )
         return reduce_text(
             nll,

@@ -12,8 +12,8 @@ from cyclevae.losses.latent import (
     check_distance,
     check_some_weight,
     check_weights,
+    count_errors,
     encoded_loss,
-    errors_per_row,
     row_weights,
     t2l_loss,
 )
@@ -95,8 +95,8 @@ class Latent(Term):
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
         """Elements of the pairs."""
-        pairs = rows.pick(rows.whole(), self.rows)
-        return {"": pairs.sum() * errors_per_row(rows.latents, self.distance)}
+        pairs, mask = rows.pick(rows.whole(), self.rows), rows.kept(self.rows)
+        return {"": count_errors(rows.latents, pairs, mask, distance=self.distance)}
 
     def check(self, setting: Setting) -> None:
         """The conversion must be sound at all times that can be told, and weigh something."""
@@ -125,7 +125,7 @@ class Latent(Term):
     def loss(self, step: Step) -> Scalar:
         """The distance of the prediction and what it should be."""
         pairs, _ = self.rows.numbers(step.rows.paired, step.rows.paired, marked=False)
-        latents = step.rows.need_latents()[:pairs]
+        latents, mask = step.rows.need_latents()[:pairs], step.rows.kept(self.rows)
         options: dict[str, Any] = {
             "latent_process": step.latent_process,
             "space": self.space,
@@ -149,14 +149,16 @@ class Latent(Term):
                 )
             # shown no latent: the noise in z_t is what makes it that of these latents
             noise = step.latent_process.noise_in(encoded.z_t, latents, encoded.time)
-            error = encoded_loss(encoded._replace(noise=noise), latents, **options)
+            encoded = encoded._replace(noise=noise, latent_mask=mask)
+            error = encoded_loss(encoded, latents, **options)
         else:
-            tokens, mask = step.rows.need_texts().first(pairs)
+            tokens, attention_mask = step.rows.need_texts().first(pairs)
             error = t2l_loss(
                 step.without_condition(null),
                 tokens,
                 latents,
-                mask,
+                attention_mask,
+                latent_mask=mask,
                 text_process=step.text_process,
                 time=self.time,
                 step=step.number,
@@ -168,6 +170,7 @@ class Latent(Term):
             error,
             reduction="mean",
             rows=None if there is None else there[:pairs],
+            latent_mask=mask,
             count=step.denominator(),
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.types import Count, Latents, Mask, Number, Scalar, Time, Tokens
+from cyclevae._base.types import Count, LatentMask, Latents, Mask, Number, Scalar, Time, Tokens
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge
 from cyclevae.bridges.text import draw_lengths
 from cyclevae.model.denoiser import Denoised
@@ -33,6 +33,7 @@ _GIVEN = (
     "latent_process",
     "generator",
     "count",
+    "latent_mask",
 )
 _NO_OPTIONS = ("null_mask", "time", "noise")  # tensors of one batch, in priors of rows
 
@@ -196,11 +197,23 @@ class Prior(Term):
             return
         shape = setting.latent_process.shape or self._shape()
         rows = 2 * math.prod(shape) + 2  # enough for any estimator
-        self._run_dry(rows, shape, setting, f"prior={self.prior!r}: ")
+        try:
+            self._run_dry(rows, shape, setting, f"prior={self.prior!r}: ")
+        except ValueError:
+            # moments of a vector, which is what it is of under a mask of latents
+            if len(shape) != 2 or "latent_mask" not in self._asks:
+                raise
+            self._run_dry(rows, shape, setting, f"prior={self.prior!r}: ", masked=True)
 
     def check_step(self, step: Step) -> None:
         """Texts are needed, as many as the statistic takes, and a teacher where it reads one."""
-        texts = step.rows.need_texts()
+        texts, mask = step.rows.need_texts(), step.rows.text_latent_mask
+        if mask is not None and "latent_mask" not in self._asks:
+            raise ValueError(
+                f"`{self.name}` of prior={self.prior!r} takes no `latent_mask`, and would count "
+                "the padding of latents: use one that does, such as 'moment' or 'sigreg', or let a "
+                "function of one's own have an argument of that name, bool [b, n]"
+            )
         step.latent_process.refuse_ill_conditioned(highest(self.time, step.number))
         if self.reads_teacher():
             step.need_teacher(f"prior={self.prior!r}")
@@ -211,17 +224,28 @@ class Prior(Term):
         if shape is None:
             shape = self._shape() if step.rows.latents is None else step.rows.latents.shape[1:]
         rows = len(step.rows.pick(texts.tokens, self.rows))
-        if (rows, *shape) not in self._tried:
-            self._run_dry(rows, tuple(shape), step.setting, f"`{self.name}` of {rows} texts: ")
-            self._tried.add((rows, *shape))
+        key = (rows, *shape, mask is not None)
+        if key not in self._tried:
+            self._run_dry(
+                rows,
+                tuple(shape),
+                step.setting,
+                f"`{self.name}` of {rows} texts: ",
+                masked=mask is not None,
+            )
+            self._tried.add(key)
 
     def loss(self, step: Step) -> Scalar:
         """The prior of the latents."""
         z_hat, texts = step.z_hat(self.encodes), step.texts(self.encodes)
         generator = step.common_generator(z_hat) if self.pool else step.generator
+        mask = step.latent_mask(self.encodes)
+        if self.pool:
+            mask = None if mask is None else pool_rows(mask.to(z_hat)) > 0
         loss = self._value(
             pool_rows(z_hat) if self.pool else z_hat,
             texts,
+            latent_mask=mask,
             denoiser=step.denoiser,
             teacher=step.teacher,
             **step.processes,
@@ -246,7 +270,15 @@ class Prior(Term):
             return self._function(**named, z=z_hat, **self.options)
         return self._function(z_hat, **named, **self.options)
 
-    def _run_dry(self, rows: int, shape: tuple[int, ...], setting: Setting, where: str) -> None:
+    def _run_dry(
+        self,
+        rows: int,
+        shape: tuple[int, ...],
+        setting: Setting,
+        where: str,
+        *,
+        masked: bool = False,
+    ) -> None:
         """Run on no data, on the meta device, for the errors that depend on shapes alone."""
         ids = torch.zeros(rows, 2, dtype=torch.long, device="meta")
         echo = _Echo()
@@ -260,6 +292,7 @@ class Prior(Term):
                 latent_process=setting.latent_process,
                 generator=None,
                 count=None,
+                latent_mask=ids.new_ones(rows, *shape[:1]).bool() if masked else None,
             )
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
@@ -314,6 +347,7 @@ class _Echo:
         text_time: Time,
         latent_time: Time,
         attention_mask: Mask,
+        latent_mask: LatentMask | None = None,
         need: str = "both",
     ) -> Denoised:
         """The latents as they came."""

@@ -8,7 +8,7 @@ from cyclevae._base import checks
 from cyclevae._base.reduce import reduce_latents
 from cyclevae._base.types import Count, Scalar
 from cyclevae.bridges.text import pseudo_text
-from cyclevae.losses.latent import errors_per_row
+from cyclevae.losses.latent import count_errors
 from cyclevae.model.maker import LIVE, Maker
 from cyclevae.objective.requests import ENCODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged
@@ -51,8 +51,8 @@ class Sleep(UnpairedTerm):
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
         """Elements of the latents that it reads."""
-        read = self.read(rows, "latent").sum()
-        return {"": read * errors_per_row(rows.latents)}
+        read = self.read(rows, "latent")
+        return {"": count_errors(rows.latents, read, rows.kept(self.rows))}
 
     def check_step(self, step: Step) -> None:
         """Latents are needed."""
@@ -60,7 +60,7 @@ class Sleep(UnpairedTerm):
 
     def loss(self, step: Step) -> Scalar:
         """The error of denoising the latents, given their dreamt texts."""
-        decoded = step.decoded(self.dreams)
+        decoded, kept = step.decoded(self.dreams), step.latent_mask(self.dreams)
         dream = pseudo_text(
             decoded.logits,
             decoded.mask,
@@ -76,10 +76,12 @@ class Sleep(UnpairedTerm):
             y_hat=dream,
             generator=step.generator,
             reduction="none",
+            latent_mask=kept,
         )
         return reduce_latents(
             error,
             reduction="mean",
             rows=self.there(step.rows, "latent"),
+            latent_mask=kept,
             count=step.denominator(),
         )

@@ -125,6 +125,7 @@ class Text(Term):
                 time=self.time,
                 step=step.number,
                 generator=step.generator,
+                latent_mask=step.rows.kept(self.rows),
             )
         taught = step.text_process.taught(texts.mask)
         if step.rows.has_both is not None:

@@ -85,6 +85,7 @@ class TextMarginal(UnpairedTerm):
             noise=step.noise(decoded.latents),
             generator=step.generator,
             reduction="none",
+            latent_mask=step.latent_mask(self.decodes),
         )
         return reduce_text(
             nats,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cyclevae._base import checks
 from cyclevae._base.types import Count, Number, Scalar, TextWeighting
-from cyclevae.losses.latent import check_some_weight, check_weighting, errors_per_row
+from cyclevae.losses.latent import check_some_weight, check_weighting, count_errors
 from cyclevae.losses.unconditional import unconditional_loss
 from cyclevae.objective.requests import Own, Request
 from cyclevae.objective.rows import Arranged, Share
@@ -91,7 +91,7 @@ class Unconditional(Term):
             share = setting.text_process.counted_share(UNIFORM)
         return {
             **({} if share is None else {"text": (words.sum() - left_out) * share}),
-            "latent": latents.sum() * errors_per_row(rows.latents),
+            "latent": count_errors(rows.latents, latents, rows.latent_mask),
         }
 
     def check(self, setting: Setting) -> None:
@@ -138,6 +138,7 @@ class Unconditional(Term):
             text_weighting=self.text_weighting,
             latent_weighting=self.latent_weighting,
             generator=step.generator,
+            latent_mask=rows.latent_mask,
             text_count=step.denominator("text"),
             latent_count=step.denominator("latent"),
         )
