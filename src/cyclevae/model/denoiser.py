@@ -24,10 +24,9 @@ from cyclevae._base.types import (
 )
 from cyclevae.gradient_policy.roles import Roles
 from cyclevae.model.direction import direction_of, direction_of_two
+from cyclevae.model.dtypes import network_dtype, reading_in
 from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.wrappers import path_inside
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Denoised(NamedTuple):
@@ -174,7 +173,7 @@ class ModuleDenoiser:
             latents = latents.to(dtype)
         if self.clean_at:
             latent_time = 1 - latent_time
-        with _reading(dtype):
+        with reading_in(dtype):
             output = self.network(
                 tokens, latents, text_time=text_time, latent_time=latent_time, **more
             )
@@ -337,27 +336,6 @@ def embed_tokens(weight: Float[Tensor, "rows w"], tokens: AnyTokens) -> Float[Te
         return tokens.to(weight.dtype) @ weight[:ids]
 
 
-def network_dtype(denoiser: object) -> torch.dtype | None:
-    """The dtype of the parameters behind a denoiser, that of the first; None if it shows none."""
-    module = getattr(denoiser, "module", None)
-    if not isinstance(module, nn.Module):
-        return None
-    for parameter in module.parameters():
-        if parameter.dtype in _DTYPES:  # others, of quantised weights, are none to compute in
-            return parameter.dtype
-    return None
-
-
-def in_its_dtype(latents: Latents, denoiser: object) -> Latents:
-    """Latents or noise in no lower a dtype than the network's parameters.
-
-    So that half-precision latents from a file lose nothing more in an fp32 network. Those in a
-    higher one stay, and are cast where the network reads them.
-    """
-    dtype = network_dtype(denoiser)
-    return latents if dtype is None else latents.to(torch.promote_types(latents.dtype, dtype))
-
-
 def reading_relaxed(origin: str) -> AbstractContextManager[object]:
     """Where a network fails to read a relaxed text, say whence it is and what to do."""
     return nullcontext() if torch.compiler.is_compiling() else _naming(origin)
@@ -398,22 +376,4 @@ def _naming(origin: str) -> Iterator[None]:
             f"({type(error).__name__}: {error}). A network reads ids and relaxed texts alike with "
             "cyclevae.embed_tokens(embedding.weight, tokens) in place of embedding(tokens), which "
             "check_denoiser(..., relaxed=True) tests; or use the bridge 'argmax' or 'categorical'"
-        ) from error
-
-
-def _reading(dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    return nullcontext() if torch.compiler.is_compiling() else _naming_dtypes(dtype)
-
-
-@contextmanager
-def _naming_dtypes(dtype: torch.dtype | None) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        raise TypeError(
-            f"the network failed on dtypes ({error}). It is given `latents` in the dtype of its "
-            f"parameters ({dtype}) and `text_time` and `latent_time` in float32 or better: cast "
-            "these where they are read, as in latent_time.to(latents), and all parameters alike"
         ) from error

@@ -20,8 +20,9 @@ from cyclevae._base.types import (
     Time,
     Tokens,
 )
-from cyclevae.model.denoiser import Denoiser, in_its_dtype, need_latents, need_logits
+from cyclevae.model.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.model.door import at_the_door
+from cyclevae.model.dtypes import in_its_dtype
 from cyclevae.model.padding import tell_latent_mask
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
