@@ -36,6 +36,9 @@ READS_PAIRS = {
         d, TOKENS, MASK, latents=z, time=0.5, noise=z, latent_mask=m, **p
     ).z_hat(LATENT),
     "l2t": lambda d, z, m, **p: cv.l2t(d, z, MASK, text_process=TEXT, latent_mask=m),
+    "guided": lambda d, z, m, generator, **p: cv.l2t(
+        cv.guided(d, scale=2.0, generator=generator, **p), z, MASK, text_process=TEXT, latent_mask=m
+    ),
     "l2t_and_t2l": lambda d, z, m, **p: torch.cat(
         [
             part.flatten()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.draws import seeded
+from cyclevae._base.masked import only_kept
 from cyclevae._base.precision import fp32
 from cyclevae._base.types import AnyTokens, Latents, Need, Number, Rows
 from cyclevae.model.denoiser import Denoised, Denoiser
@@ -52,6 +53,7 @@ class WithoutCondition:
             full = torch.ones_like(state["latent_time"])
             no_latent = self.latent_process.started(noise, full)
             latents, time = self._hidden(no_latent, latents), "latent_time"
+            latents = only_kept(latents, state.get("latent_mask"))
         state[time] = self._hidden(torch.ones_like(state[time]), state[time])
         return self.denoiser.denoise(tokens, latents, need=need, **state)
 
