@@ -24,7 +24,8 @@ from cyclevae.objective.checking import (
 from cyclevae.objective.config import dump_objective, load_objective
 from cyclevae.objective.output import StepOutput
 from cyclevae.objective.plan import Plan, Planned, describe, make_plan
-from cyclevae.objective.step import Ran, Setting, Step
+from cyclevae.objective.ran import Ran
+from cyclevae.objective.step import Setting, Step
 from cyclevae.objective.term import Term, same
 from cyclevae.objective.terms import SHIPPED, recommended
 from cyclevae.processes.latent import LatentProcess

@@ -11,7 +11,6 @@ from cyclevae._base.types import (
     Count,
     LatentMask,
     Latents,
-    Logits,
     Mask,
     Number,
     Rows,
@@ -26,6 +25,7 @@ from cyclevae.model.guidance import without_condition
 from cyclevae.model.maker import Maker
 from cyclevae.model.passes import T2L, l2t, l2t_and_t2l, t2l
 from cyclevae.objective.plan import Plan
+from cyclevae.objective.ran import Decoded, Ran
 from cyclevae.objective.requests import Decode, Encode
 from cyclevae.objective.rows import Arranged, Texts, pick_rows
 from cyclevae.objective.statistics import mean_norm, moments
@@ -35,14 +35,6 @@ from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
 from cyclevae.processes.times import TimePolicy, refuse_clean, stratified_times
 from cyclevae.scale.non_finite import Verdict
-
-
-class Decoded(NamedTuple):
-    """A decoder pass: what it read, and what it wrote."""
-
-    latents: Latents
-    mask: Mask
-    logits: Logits
 
 
 class Setting(NamedTuple):
@@ -104,7 +96,7 @@ class Step(NamedTuple):
     counts: Mapping[str, Count]
     metrics: dict[str, Tensor]
     plan: Plan
-    ran: "Ran"
+    ran: Ran
     verdicts: Mapping[str, Verdict]
 
     # What was asked for
@@ -392,29 +384,6 @@ class Step(NamedTuple):
         """Who learns from a shared pass."""
         request = self.plan.shared[place]
         return GradientPolicy(request.through, (), request.freeze if request.learns else ())
-
-
-class Ran(NamedTuple):
-    """What has run in a step: filled as terms ask for it.
-
-    Attributes:
-        passes: by their place in the plan.
-        starts: noise and times by what is computed from them.
-        lengths: of all texts to be written, once they are drawn.
-        z_hats: by pass and guards.
-        pseudo_texts: by request and bridge.
-    """
-
-    passes: dict[int, Any]
-    starts: list[tuple[Encode, Latents, Number | Time]]
-    lengths: list[Mask]
-    z_hats: list[tuple[int, Any, Latents]]
-    pseudo_texts: list[tuple[Decode, TextBridge, AnyTokens]]
-
-    @classmethod
-    def nothing(cls) -> "Ran":
-        """Before the first pass."""
-        return cls({}, [], [], [], [])
 
 
 def highest(time: Number | TimePolicy, step: int = 0) -> Number:
