@@ -91,16 +91,16 @@ class TextIds:
             >>> process.forbidden_ids, process.start_id, process.end_id
             ((0, 1, 2, 3, 4), 2, 3)
         """
+        mask = {"mask_id": mask_of(tokenizer)} if cls.has_mask else {}
         start, end = frame_of(tokenizer)
         read: dict[str, Any] = {
+            **mask,
             "vocab_size": len(tokenizer),
             "pad_id": getattr(tokenizer, "pad_token_id", None),
             "special_ids": tuple(sorted(set(getattr(tokenizer, "all_special_ids", ())))),
             "start_id": start,
             "end_id": end,
         }
-        if cls.has_mask:
-            read["mask_id"] = mask_of(tokenizer)
         return cls(**{**read, **options})
 
     @property
