@@ -22,7 +22,7 @@ help:
 	@echo "make test-hooked test-slow lint docs   what .ci/run adds"
 	@echo "make ci     all of .ci/run on a clean clone of the last commit"
 	@echo "make dist   wheel and sdist, checked and tried"
-	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM (tests/adapters/host says which)"
+	@echo "make test-host CYCLEVAE_HOST=PATH   the tests in a checkout of LGDLM; of CCDD and D-DiT, CYCLEVAE_CCDD, CYCLEVAE_DDIT"
 	@echo "make test-min   the fast tests at the oldest versions that are supported (several GB)"
 	@echo "make clean  remove environments and what was built"
 	@echo "make mutate   break the losses in thousands of ways: which does no test notice?"
@@ -69,9 +69,11 @@ test-min:  # several GB; what this torch lacks is skipped by name
 	.venv-min/bin/python -m pip install --quiet --no-deps $(OLDEST)  # older than some of [test] wants
 	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest --numprocesses $(JOBS) -m "not slow" tests $(ARGS)
 
-test-host: .venv/host
-	@test -n "$(CYCLEVAE_HOST)" || { echo "which host? make test-host CYCLEVAE_HOST=/path/to/LGDLM"; exit 1; }
-	CYCLEVAE_HOST="$(abspath $(CYCLEVAE_HOST))" $(BIN)/python -m pytest tests/adapters/host $(ARGS)
+test-host: .venv/host  # of those that are named
+	@test -n "$(CYCLEVAE_HOST)$(CYCLEVAE_CCDD)$(CYCLEVAE_DDIT)" || { echo "which host? make test-host CYCLEVAE_HOST=/path/to/LGDLM"; exit 1; }
+	CYCLEVAE_HOST="$(abspath $(CYCLEVAE_HOST))" CYCLEVAE_CCDD="$(abspath $(CYCLEVAE_CCDD))" CYCLEVAE_DDIT="$(abspath $(CYCLEVAE_DDIT))" \
+		$(BIN)/python -m pytest $(if $(CYCLEVAE_HOST),tests/adapters/host) $(if $(CYCLEVAE_CCDD),tests/hosts/test_ccdd.py) \
+		$(if $(CYCLEVAE_DDIT),tests/hosts/test_dual_diffusion.py) $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check src tests examples docs

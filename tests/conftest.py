@@ -15,7 +15,10 @@ settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 # as modules of doctests, they would be several of one name
-collect_ignore = ["conftest.py", "adapters/host/conftest.py", "examples/conftest.py"]
+collect_ignore = [
+    "conftest.py",
+    *(f"{part}/conftest.py" for part in ("adapters/host", "examples", "hosts")),
+]
 
 
 def pytest_ignore_collect(collection_path, config):
