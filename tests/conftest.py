@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ settings.register_profile("fast", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+CASES = 2  # of each test, under the hook
+
 # as modules of doctests, they would be several of one name
 collect_ignore = [
     "conftest.py",
@@ -25,6 +28,19 @@ def pytest_ignore_collect(collection_path, config):
     """The files of slow tests take seconds to read: only where one is asked for."""
     nobody_asks = "not slow" in config.option.markexpr and collection_path.name.endswith("_slow.py")
     return True if nobody_asks else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of the hooked run, which checks shapes and dtypes, the first cases of each test alone."""
+    if not config.getoption("jaxtyping_packages", None):
+        return
+    seen, more = Counter(), []
+    for item in items:
+        seen[test := item.nodeid.partition("[")[0]] += 1
+        more += [item] if seen[test] > CASES else []
+    config.hook.pytest_deselected(items=more)
+    left_out = set(more)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_itemcollected(item):

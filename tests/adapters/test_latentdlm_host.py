@@ -161,6 +161,7 @@ MIXED = needs_torch_2_6("mse_loss of torch 2.5 has no backward of mixed dtypes")
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=MIXED)])
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.slow
 def test_random_modes(flavour, dtype):
     host, batch = make_host(flavour=flavour, dtype=dtype, loss_type="random"), make_batch()
     np.random.seed(1)

@@ -158,6 +158,7 @@ def test_forbidden_ids_are_not_chosen_where_numbers_overflow(bridge, logit, temp
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.slow
 def test_frequencies_are_the_softmax(temperature):
     logits, rows = torch.randn(3, 7, generator=seeded(1)).double(), 20_000
     y_hat = sample(logits, rows, temperature=temperature)
@@ -170,6 +171,7 @@ def test_frequencies_are_the_softmax(temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.slow
 def test_frequencies_in_a_vocabulary_of_many_blocks(dtype):
     forbidden, v, rows = (0, 255, 256, 599), 600, 40_000
     text = cv.TextProcess(mask_id=256, vocab_size=v, pad_id=0, special_ids=(255, 599))

@@ -80,6 +80,7 @@ def test_a_perfect_critic_gives_zero(critic):
     assert worst > 90  # nothing bounds it from above
 
 
+@pytest.mark.slow
 def test_the_bound_of_correlated_gaussians():
     """rho = .8: I = .511 nats, of which 64 rows show .499 with the optimal critic."""
     rho, n, batches = 0.8, 64, 3000

@@ -538,6 +538,7 @@ class Dataset:
 
 @quick
 @given(seeds)
+@pytest.mark.slow
 def test_hidden_partners_change_nothing(seed):
     """Neither the texts of unpaired latents, nor their lengths, nor latents of unpaired texts."""
     run = objective(
@@ -596,6 +597,7 @@ BASE = (cv.Text(time=1.0), cv.Latent(weight=1.0))
     ids=["nothing", "latent", "prior", "all"],
 )
 @pytest.mark.parametrize(("policy", "learns"), TEXT_POLICIES)
+@pytest.mark.slow
 def test_the_objective_honours_the_policy_whatever_runs_beside(policy, learns, beside):
     """The gradient of the text cycle itself: what moves with its weight."""
     spy, batch = towers(), Dataset().batch()
@@ -613,6 +615,7 @@ def test_the_objective_honours_the_policy_whatever_runs_beside(policy, learns, b
 
 @pytest.mark.parametrize("policy", [policy for policy, _ in TEXT_POLICIES])
 @pytest.mark.parametrize("beside", [None, (), BASE[1:]], ids=["nothing", "cycle", "latent too"])
+@pytest.mark.slow
 def test_the_prior_teaches_the_encoder_whatever_the_text_policy(policy, beside):
     spy, batch = towers(), Dataset().batch()
     others = () if beside is None else (cycle_of_texts(policy=policy), *beside)

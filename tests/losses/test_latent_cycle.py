@@ -384,6 +384,7 @@ def test_rloo_is_the_gradient_of_the_expected_loss(
         ({"reduction": "nats", "count": 4}, sq(1 / 8), 1 / 4),
     ],
 )
+@pytest.mark.slow
 def test_rewards_have_the_scale_of_the_reduction(options, error, nat, priced, monkeypatch):
     spy, kappa = tiny(), 0.7
     _, expected = expected_gradient(spy, Z, X, 1.0, nat * kappa, error)

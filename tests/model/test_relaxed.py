@@ -366,6 +366,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("make", NETWORKS)
+@pytest.mark.slow
 def test_the_examples_read_relaxed_texts(make):
     _, text, latent = toy_denoiser()
     check_denoiser(cv.as_denoiser(make()), text, latent, relaxed=True)

@@ -71,6 +71,7 @@ def any_batch(rng):
 
 
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.slow
 def test_a_step_is_refused_before_its_first_pass_or_runs_to_its_end(seed):
     """And with finite metrics, by a ValueError alone."""
     rng, passes, ran = random.Random(seed), [], 0

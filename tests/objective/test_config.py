@@ -441,6 +441,7 @@ JUNK = {
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize("term", SHIPPED)
+@pytest.mark.slow
 def test_a_value_of_another_type_is_refused_for_every_field(term):
     kind = term.kind()
     takes = COMMON | TAKES[kind]
@@ -484,6 +485,7 @@ def paths(node, way=()):
 @pytest.mark.unhooked
 @settings(quick, max_examples=100)
 @given(st.data())
+@pytest.mark.slow
 def test_nothing_but_a_value_error_comes_out_of_a_mutated_configuration(data):
     config = copy.deepcopy(CONFIG)
     for _ in range(data.draw(st.integers(1, 3))):

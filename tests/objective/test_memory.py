@@ -45,6 +45,7 @@ def memory(wrap, options):
 
 
 @pytest.mark.parametrize(("options", "share"), STEPS.values(), ids=STEPS)
+@pytest.mark.slow
 def test_a_step_of_checkpointed_passes_has_the_memory_of_one(options, share):
     peak, kept = memory(lambda denoiser: denoiser, options)
     low, kept_low = memory(cv.checkpoint_passes, options)

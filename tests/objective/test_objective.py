@@ -189,6 +189,7 @@ def test_rows_are_chosen_by_bool_of_their_number(name):
 # It learns
 
 
+@pytest.mark.slow
 def test_the_text_cycle_falls_over_50_steps():
     """A real, if tiny, transformer learns to read back what it encodes."""
     torch.manual_seed(0)

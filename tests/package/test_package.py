@@ -174,11 +174,13 @@ def users_of(module):
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("_base.")])
+@pytest.mark.slow
 def test_the_base_holds_what_three_folders_use(module):
     """What fewer use belongs where it is used."""
     assert len(users_of(module)) >= 3
 
 
+@pytest.mark.slow
 def test_the_count_of_users_can_fail():
     assert users_of("bridges.unmasking") <= {"losses", "objective"}
     assert users_of("__main__") == set()

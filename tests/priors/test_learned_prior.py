@@ -805,6 +805,7 @@ def test_draws_follow_the_generator():
     assert not torch.equal(prior(Affine(), z, generator=seed(1)), first)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased():
     process, z = LatentProcess(), randn(4, 2)
     teacher = Optimal(process)

@@ -268,6 +268,7 @@ def on_target(count, n, d=3, *, mean=0.0, variance=1.0, covariance=None, seed=0)
 @every_kernel
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("estimator", ["unbiased", "linear"])
+@pytest.mark.slow
 def test_standardized_under_the_target(kernel, target, estimator):
     """Mean 0, variance 1; two very different bandwidths, so that their cross terms matter."""
     batches = on_target(5000, 9, **target, seed=5)
@@ -282,6 +283,7 @@ def test_standardized_under_the_target(kernel, target, estimator):
 
 @every_kernel
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.slow
 def test_biased_under_the_target(kernel, target):
     """E V = (1 - E k(z, z'))/n."""
     n, scales = 7, (0.3, 1.0)
@@ -493,6 +495,7 @@ def test_two_samples_against_scikit_learn():
 
 @every_kernel
 @every_estimator
+@pytest.mark.slow
 def test_two_samples_of_one_distribution(kernel, estimator):
     """Mean 0, up to the bandwidth's own dependence on the reference; `biased` above it."""
     x, y = randn(20_000, 5, 2), randn(20_000, 8, 2, seed=1)
@@ -510,6 +513,7 @@ def test_two_samples_of_one_distribution(kernel, estimator):
 
 
 @every_kernel
+@pytest.mark.slow
 def test_closed_form_is_the_limit_of_two_samples(kernel):
     """Their difference falls as `m^-1/2`."""
     x, errors = randn(6, 2) * 1.3 + 0.4, []

@@ -278,6 +278,7 @@ def floor(form, n, d, threshold=1.0):
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "full_bures"])
 @pytest.mark.parametrize(("n", "d"), [(3, 1), (4, 3), (8, 3), (32, 3), (4, 6)])
+@pytest.mark.slow
 def test_floors_under_the_target(form, n, d):
     """Where biased, in closed form; where unbiased, 0."""
     if form == "full_kl" and n <= d:
@@ -295,6 +296,7 @@ def test_floors_under_the_target(form, n, d):
 
 @pytest.mark.parametrize("n", [2, 3, 30, 3000])
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.3])
+@pytest.mark.slow
 def test_the_floor_of_the_hinge(n, threshold):
     z, d = white(n, 1), 1
     subtracted = biased(z, "hinge", threshold=threshold)

@@ -62,6 +62,7 @@ def train(rule, *, unscale=False, bad=(), optimizer=torch.optim.AdamW, steps=8, 
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("rule", ["zero", "skip", "raise"])
+@pytest.mark.slow
 def test_the_scale_settles_as_without_a_rule(rule, unscale):
     scales, moves = train(rule, unscale=unscale)
     assert (scales, moves) == train(None, unscale=unscale)
