@@ -269,3 +269,23 @@ def test_every_public_loss_is_in_the_table():
     losses = {n for n in losses if inspect.isfunction(getattr(cv, n))}
     source = inspect.getsource(inspect.getmodule(Linear))
     assert {n for n in losses if n + "(" not in source and f"cv.{n}" not in source} == set()
+
+
+def test_few_words_that_do_not_count_are_computed_along_and_may_be_nan():
+    """One of twelve, beside `F.cross_entropy` of the others."""
+    logits, v = randn(1, 12, V, seed=9), randn(1, 12, V, seed=10)
+    tokens, mask = torch.arange(12)[None] % V, torch.arange(12)[None] != 3
+    logits[0, 3] = torch.nan
+    logits.requires_grad_()
+
+    def twice(loss):
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        kept = (gradient * v)[mask].sum()
+        return gradient.detach(), torch.autograd.grad(kept, logits)[0]
+
+    gradient, second = twice(cv.text_loss(logits, tokens, mask, reduction="sum"))
+    kept = torch.nn.functional.cross_entropy(logits[mask], tokens[mask], reduction="sum")
+    wanted, wanted_second = twice(kept)
+    torch.testing.assert_close(gradient[mask], wanted[mask])
+    torch.testing.assert_close(second[mask], wanted_second[mask])
+    assert not gradient[~mask].any() and not second[~mask].any()
