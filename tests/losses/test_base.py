@@ -1043,3 +1043,23 @@ def test_cross_entropy_keeps_no_copy_of_the_logits():
         assert held.live < 0.01 * size and held.peak < 0.35 * size
         loss.backward()
     assert held.peak < 1.6 * size  # the gradient, and one chunk in fp32
+
+
+def test_the_cap_of_text_times_moves_with_the_step():
+    denoiser, text_process, _ = toy_denoiser(seed=0)
+    tokens, mask, z = toy_batch(rows=64)[:3]
+    policy = cv.TimePolicy("full", high=cv.anneal(0.4, 0.9, steps=10))
+
+    def loss(time, step=0):
+        return cv.l2t_loss(
+            denoiser,
+            tokens,
+            z,
+            mask,
+            text_process=text_process,
+            text_time=time,
+            step=step,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    assert loss(policy, step=0) == loss(0.4) != loss(policy, step=10) == loss(0.9)
