@@ -117,8 +117,7 @@ def test_join_batches():
         [1, 3],
         [2, 4],
         [2, 5],
-        None,
-        None,
+        *[None] * 5,
     ]
     assert not joined.attention_mask[:2, 3:].any()
     assert join_batches([cv.Batch()]) == cv.Batch()
