@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cyclevae._base.types import Number
-from cyclevae.model.denoiser import as_denoiser
+from cyclevae.model.denoiser import Denoiser, as_denoiser
 
 
 class Teacher(nn.Module):
@@ -104,3 +104,27 @@ def _computed(module: nn.Module) -> dict[int, Any]:
     """Copies of weights that the last forward computed, as `weight_norm` does: they cannot be."""
     kept = [value for part in module.modules() for value in vars(part).values()]
     return {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and x.grad_fn}
+
+
+def check_frozen(teacher: Denoiser) -> None:
+    """Refuse a teacher that would learn from what it judges, or that judges with dropout."""
+    if not hasattr(teacher, "denoise"):
+        raise TypeError(
+            f"`teacher` must be a Denoiser, got {type(teacher).__name__}; of a Teacher, give its "
+            "`.denoiser`"
+        )
+    module = getattr(teacher, "module", None)
+    if not isinstance(module, nn.Module):
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"`teacher` must be frozen, and its parameter {name!r} requires a gradient: prior "
+                "and encoder would learn to agree; use Teacher(network).denoiser, or call "
+                "requires_grad_(False) on a copy of the network"
+            )
+    if any(part.training for part in module.modules()):
+        raise ValueError(
+            "`teacher` must be in eval mode; use Teacher(network).denoiser, which always is, or "
+            "call .eval() on it"
+        )

@@ -24,12 +24,12 @@ from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.guidance import without_condition
 from cyclevae.model.maker import Maker
 from cyclevae.model.passes import T2L, l2t, l2t_and_t2l, t2l
+from cyclevae.model.teacher import check_frozen
 from cyclevae.objective.plan import Plan
 from cyclevae.objective.ran import Decoded, Ran
 from cyclevae.objective.requests import Decode, Encode
 from cyclevae.objective.rows import Arranged, Texts, pick_rows
 from cyclevae.objective.statistics import mean_norm, moments
-from cyclevae.priors.learned import check_frozen
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from cyclevae._base.types import Scalar
 from cyclevae.priors.ddvi import ddvi_sleep_loss as ddvi_sleep_loss
 from cyclevae.priors.ddvi import ddvi_wake_kl as ddvi_wake_kl
-from cyclevae.priors.learned import check_frozen as check_frozen
 from cyclevae.priors.learned import learned_prior as learned_prior
 from cyclevae.priors.mmd import mmd_prior as mmd_prior
 from cyclevae.priors.moment import moment_prior as moment_prior

@@ -27,7 +27,8 @@ from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.passes import l2t, t2l
-from cyclevae.priors.learned import check_frozen, noise_error, without_text
+from cyclevae.model.teacher import check_frozen
+from cyclevae.priors.learned import noise_error, without_text
 from cyclevae.priors.weighting import weighted_times
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.derivatives import once
@@ -28,6 +28,7 @@ from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.door import at_the_door
 from cyclevae.model.padding import tell_latent_mask
+from cyclevae.model.teacher import check_frozen
 from cyclevae.priors.weighting import Weighting, boundary_terms, weighted_times
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -197,30 +198,6 @@ def learned_prior(
     return reduce_latents(
         per_row, reduction="mean", count=None if count is None else count * samples
     )
-
-
-def check_frozen(teacher: Denoiser) -> None:
-    """Refuse a teacher that would learn from what it judges, or that judges with dropout."""
-    if not hasattr(teacher, "denoise"):
-        raise TypeError(
-            f"`teacher` must be a Denoiser, got {type(teacher).__name__}; of a Teacher, give its "
-            "`.denoiser`"
-        )
-    module = getattr(teacher, "module", None)
-    if not isinstance(module, nn.Module):
-        return
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            raise ValueError(
-                f"`teacher` must be frozen, and its parameter {name!r} requires a gradient: prior "
-                "and encoder would learn to agree; use Teacher(network).denoiser, or call "
-                "requires_grad_(False) on a copy of the network"
-            )
-    if any(part.training for part in module.modules()):
-        raise ValueError(
-            "`teacher` must be in eval mode; use Teacher(network).denoiser, which always is, or "
-            "call .eval() on it"
-        )
 
 
 def without_text(
