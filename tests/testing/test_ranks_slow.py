@@ -123,6 +123,16 @@ def test_join_batches():
     assert join_batches([cv.Batch()]) == cv.Batch()
 
 
+def test_join_batches_of_latents_of_variable_length():
+    def some(n):
+        return cv.Batch(unpaired_latents=torch.ones(2, n, 4), unpaired_latent_mask=torch.ones(2, n))
+
+    joined = join_batches([some(3), some(5)])
+    assert joined.unpaired_latents.shape == (4, 5, 4)
+    torch.testing.assert_close(joined.unpaired_latents.mean(dim=2), joined.unpaired_latent_mask)
+    assert joined.unpaired_latent_mask.sum() == 16
+
+
 # The draws
 
 

@@ -91,19 +91,22 @@ def check_ranks(
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch of the rows of several, in their order, padded to the longest text.
+    """One batch of the rows of several, in their order, padded to the longest text and latent.
 
     Examples:
         >>> from cyclevae.testing import toy_batch
         >>> join_batches([toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]).latents.shape
         torch.Size([5, 4])
     """
+    masks = [name for name in Batch._fields if name.endswith("latent_mask")]
+    masked = any(getattr(batch, name) is not None for batch in batches for name in masks)
     joined = {}
     for name in Batch._fields:
         parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
-        if parts and parts[0].ndim == 2 and "latents" not in name:
+        if parts and parts[0].ndim > 1 and (masked or "latents" not in name):
             longest = max(part.shape[1] for part in parts)
-            parts = [F.pad(part, (0, longest - part.shape[1])) for part in parts]
+            end = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+            parts = [F.pad(part, more) for part, more in zip(parts, end, strict=True)]
         joined[name] = torch.cat(parts) if parts else None
     return Batch(**joined)
 
