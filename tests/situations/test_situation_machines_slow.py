@@ -49,11 +49,20 @@ def test_objects_are_made_under_any_default_device():
     def late(t):
         return (1 - t**2).sqrt(), t
 
+    class Late(cv.TextProcess):
+        def shares(self, time):
+            return cv.Shares(1 - time**2, time**2, torch.zeros_like(time))
+
     with torch.device("meta"):
         for options in RECIPES.values():
             objective = recipe(options)
             assert cv.CycleObjective.from_config(objective.to_config()) == objective
         cv.LatentProcess(late, prediction="v")
+        for schedule in (cv.Flow(3.0), cv.EDM()):
+            cv.LatentProcess(schedule, prediction="velocity", max_gain=100.0)
+        cv.UniformTextProcess(vocab_size=6)
+        cv.HybridTextProcess(mask_id=2, vocab_size=6, p_uniform=0.1)
+        assert Late(mask_id=2, vocab_size=6).counted_share(0.5) == 0.25
         assert cv.TimePolicy("logit_normal").average() > 0
 
 

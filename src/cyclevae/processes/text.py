@@ -164,7 +164,7 @@ class TextProcess(TextIds):
         self, attention_mask: Mask, *, generator: torch.Generator | None = None
     ) -> Tokens:
         """The text at time 1, of which nothing is left: what L2T starts from."""
-        time = torch.ones(len(attention_mask), device=attention_mask.device)
+        time = torch.ones(len(attention_mask), dtype=torch.float32, device=attention_mask.device)
         return self.noise(attention_mask, time, generator=generator)
 
     def fully_masked(self, attention_mask: Mask) -> Tokens:
@@ -218,7 +218,9 @@ class TextProcess(TextIds):
             return 1.0
         if isinstance(time, TimePolicy):
             return time.average(None if self._linear else self._hidden)
-        return time if self._linear else self._hidden(torch.tensor([float(time)])).item()
+        if self._linear:
+            return time
+        return self._hidden(torch.tensor([time], dtype=torch.float64, device="cpu")).item()
 
     def _hidden(self, time: Time) -> Time:
         return 1 - self.shares(time).kept
