@@ -349,12 +349,10 @@ def joint_transformer():
 
 
 def mmdit():
-    pytest.importorskip("mmdit")
     return example("mmdit_model", "MMDiTDenoiser", width=16, depth=1, heads=2)
 
 
 def joint_mmdit():
-    pytest.importorskip("mmdit")
     return example("mmdit_model", "JointMMDiT", width=16, heads=2, dropout=0.0)
 
 

@@ -234,7 +234,8 @@ def test_terms_of_ones_own_survive():
 
 def test_omegaconf_survives():
     """Whose mappings and lists are none of Python's."""
-    omegaconf = pytest.importorskip("omegaconf")
+    import omegaconf
+
     config = omegaconf.OmegaConf.create(CONFIG)
     assert read(config) == EVERYTHING
     assert read(omegaconf.OmegaConf.create(omegaconf.OmegaConf.to_yaml(config))) == EVERYTHING

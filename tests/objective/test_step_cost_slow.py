@@ -22,7 +22,6 @@ WEIGHTS = {"text": 1.0, "latent": 5.0, "cycle_text": 2.0, "cycle_latent": 10.0, 
 @pytest.fixture(scope="module")
 def examples():
     """The network of `examples/sentences` on the real `mmdit`, and the plain step of the bench."""
-    pytest.importorskip("mmdit")
     folders = [str(ROOT / "examples" / name) for name in ("sentences", "bench")]
     sys.path[:0] = folders
     from mmdit_model import MMDiTDenoiser

@@ -49,7 +49,8 @@ SIZES = {
 
 
 def model_of(name, **options):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
     return getattr(transformers, f"{name}Model")(config)
 
@@ -80,7 +81,8 @@ def frozen_tower():
 
 
 def with_peft(**options):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "value"], **options)
     return Prefix(peft.get_peft_model(model_of("Bert"), config))
 
@@ -90,7 +92,8 @@ class SD3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        diffusers = pytest.importorskip("diffusers")
+        import diffusers
+
         self.model = diffusers.SD3Transformer2DModel(
             sample_size=4,
             patch_size=2,
