@@ -133,10 +133,33 @@ def test_the_count_is_of_the_words_that_count(term, process, share):
     torch.testing.assert_close(losses[0], 2 * losses[1])
 
 
-@pytest.mark.parametrize("time", [1.0, 0.5, cv.TimePolicy(), cv.TimePolicy("logit_normal")])
+@pytest.mark.parametrize(
+    "time",
+    [
+        1.0,
+        0.5,
+        cv.TimePolicy(),
+        cv.TimePolicy("logit_normal"),
+        cv.TimePolicy("uniform", low=0.5),
+        cv.TimePolicy("uniform", high=0.9),
+        cv.TimePolicy("uniform", high=cv.anneal(0.5, 1.0, steps=10)),
+    ],
+)
 def test_a_bound_needs_uniform_times(time):
-    with pytest.raises(ValueError, match=r"is a mean over uniform times, and `time` is .*: give"):
+    words = r"a mean over uniform times from 0 to 1, and `(text_)?time` is .*: give"
+    with pytest.raises(ValueError, match=words):
         cv.Text(weighting="bound", time=time)
+    tokens, mask, latents = toy_batch(seed=0)[:3]
+    with pytest.raises(ValueError, match=words):
+        cv.l2t_loss(
+            DENOISER,
+            tokens,
+            latents,
+            mask,
+            text_process=cv.TextProcess(2, 7, pad_id=0),
+            text_time=time,
+            weighting="bound",
+        )
 
 
 @pytest.mark.unhooked

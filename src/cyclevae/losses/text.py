@@ -151,19 +151,18 @@ def l2t_loss(
     return reduce_text(bound, text_process.taught(mask), reduction=reduction, count=count)
 
 
+_ALL_TIMES = ("uniform", 0, 1)
+
+
 def check_bound_time(name: str, time: object) -> None:
     """Refuse times of which no mean is that of a bound."""
-    if isinstance(time, TimePolicy):
-        if time.distribution == "uniform":
-            return
-        got = f"the distribution {time.distribution!r}"
-    elif isinstance(time, Tensor):  # drawn by the caller
+    if isinstance(time, Tensor):  # drawn by the caller
         return
-    else:
-        got = repr(time)
+    if isinstance(time, TimePolicy) and (time.distribution, time.low, time.high) == _ALL_TIMES:
+        return
     raise ValueError(
-        f"weighting='bound' is a mean over uniform times, and `{name}` is {got}: give "
-        "TimePolicy('uniform'), or leave the weighting at 'mean'"
+        f"weighting='bound' is a mean over uniform times from 0 to 1, and `{name}` is {time!r}: "
+        "give TimePolicy('uniform'), or leave the weighting at 'mean'"
     )
 
 
