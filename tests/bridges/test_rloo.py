@@ -255,6 +255,7 @@ def test_the_probabilities_of_all_texts_sum_to_one(process, mask, temperature):
 
 
 @pytest.mark.parametrize("process", [PLACED, PREDICTED])
+@pytest.mark.slow
 def test_it_is_the_distribution_that_is_drawn_from(process):
     rows, mask, temperature = 20_000, torch.ones(1, 4 if process is PLACED else 2).bool(), 0.6
     logits = logits_of(1, mask.shape[1], process.vocab_size).detach()

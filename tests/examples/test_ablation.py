@@ -271,6 +271,7 @@ def toy(row, data):
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.slow
 def test_every_row_has_a_loss_that_teaches(row, data):
     denoiser, row_loss, _ = toy(row, data)
     found, _ = drawn(data, row if ROWS[row].unpaired != "none" else "paired", 1)

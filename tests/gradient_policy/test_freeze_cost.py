@@ -167,6 +167,7 @@ def test_a_submodule_outside_of_the_target_is_looked_at_again():
     assert_learns(z.square().sum(), [model.table.weight])
 
 
+@pytest.mark.slow
 def test_what_is_known_of_a_model_keeps_nothing_alive():
     model = toy()
     model.blocks[0].parent = [model]  # a way back to the root

@@ -211,6 +211,7 @@ def test_second_derivatives(name):
 
 
 @pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.slow
 def test_transforms(name):
     loss, at = RIGHT[name]
 

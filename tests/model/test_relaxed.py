@@ -372,6 +372,7 @@ def test_the_examples_read_relaxed_texts(make):
 
 @pytest.mark.parametrize("make", NETWORKS)
 @pytest.mark.parametrize("bridge", [*RELAXED, "rloo", "argmax", "categorical", "unmask"])
+@pytest.mark.slow
 def test_every_bridge_teaches_the_decoder_of_the_examples_or_says_it_does_not(make, bridge):
     """The text head is read by the decoder pass alone."""
     torch.manual_seed(0)

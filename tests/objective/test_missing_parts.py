@@ -152,6 +152,7 @@ def test_a_text_is_borrowed_from_the_next_row_that_has_one():
     assert torch.equal(rows.texts.tokens, tokens[[0, 1, 3, 3, 0, 0]])
 
 
+@pytest.mark.slow
 def test_a_missing_part_waits_for_no_value():
     meta = torch.device("meta")
     network = toy_denoiser(seed=0)[0].module.to(meta)

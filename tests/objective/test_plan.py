@@ -114,6 +114,7 @@ def made(told, *, join_passes=False):
 
 @settings(quick, max_examples=30)
 @given(some_terms, st.integers(0, 1), st.booleans())
+@pytest.mark.slow
 def test_the_announced_passes_are_those_that_run(told, step, join_passes):
     objective = made(told, join_passes=join_passes)
     model, judge = Recorder(), Recorder(teacher_of(DENOISER))

@@ -457,6 +457,7 @@ def test_the_likelihood_weighting_has_the_steadier_value():
 @every_prediction
 @every_weighting
 @pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.slow
 def test_gradcheck(form, weighting, prediction):
     torch.manual_seed(0)
     teacher = Teacher(ToyNetwork(7, 4).double()).denoiser

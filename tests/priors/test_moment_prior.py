@@ -337,6 +337,7 @@ def test_the_mean_norm_of_a_standard_normal(d):
 
 @pytest.mark.parametrize("form", AT_ANY_GAUSSIAN)
 @pytest.mark.parametrize(("n", "d"), [(4, 2), (5, 3), (3, 4)])
+@pytest.mark.slow
 def test_unbiased_at_any_gaussian(form, n, d):
     """Means, variances and correlations that are not the target's."""
     if form == "full_kl" and n <= d:

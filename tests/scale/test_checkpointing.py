@@ -59,6 +59,7 @@ def plainly(denoiser):
 
 
 @pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+@pytest.mark.slow
 def test_a_step_with_dropout_has_the_same_gradients(options):
     objective = recipe(options)
     assert_same(outcome(cv.checkpoint_passes, objective), outcome(plainly, objective))

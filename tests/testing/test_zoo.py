@@ -377,6 +377,7 @@ UNSOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
+@pytest.mark.slow
 def test_a_sound_model_is_accepted(name):
     torch.manual_seed(0)
     network = SOUND[name]()
