@@ -26,7 +26,7 @@ def test_an_l2t_checkpoint(train, checkout, toy, tmp_path):
     expected |= dict.fromkeys(("cycle_text", "cycle_latent", "prior"), "no")
     assert found == {"term": "supported", **expected}
     assert "64 pairs; the model predicts epsilon" in done.stdout
-    assert "latent_parameterization: v_param" in done.stdout
+    assert "latent_parameterization: x0" in done.stdout
     assert "cycle_warmup_steps: 5000" in done.stdout
 
     # where hydra.run.dir is save_dir/run_name, its folder lies above the checkpoint's
