@@ -26,6 +26,7 @@ RECIPES: dict[str, tuple[list[str], str]] = {
     "trackers": (PYTHON, "TensorBoard and W&B"),
     "two_networks": (PYTHON, "two networks"),
     "masked_lm": (PYTHON, "a Hugging Face BERT"),
+    "diffusers_transformer": (PYTHON, "a `diffusers` transformer, flow matching"),
 }
 
 

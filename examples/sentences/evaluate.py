@@ -34,7 +34,7 @@ def evaluate(
 
     logits, z_hat = decode(z), encode(tokens, noise[0])
     y_hat = cv.argmax_text(logits, mask, text_process=text_process)
-    similarity = F.normalize(z_hat, dim=1) @ F.normalize(z, dim=1).T
+    similarity = F.normalize(z_hat.flatten(1), dim=1) @ F.normalize(z.flatten(1), dim=1).T
     rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
     metrics = {
         "l2t_ce": cv.text_loss(logits, tokens, mask),
@@ -56,7 +56,7 @@ def nats_per_pair(metrics: dict[str, float], held_out: Split) -> float:
     Gaussian. Neither cycle enters, so that no run is favoured.
     """
     words = held_out.attention_mask.sum() / len(held_out)
-    return metrics["l2t_ce"] * words.item() + metrics["t2l_mse"] * held_out.latents.shape[1] / 2
+    return metrics["l2t_ce"] * words.item() + metrics["t2l_mse"] * held_out.latents[0].numel() / 2
 
 
 def _accuracy(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

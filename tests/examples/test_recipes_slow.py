@@ -72,9 +72,10 @@ def test_other_draws_give_the_same_result_within_noise(recipe, plain):
     assert_near(run(recipe), plain)
 
 
-def test_a_masked_language_model_learns_both_directions(plain):
+@pytest.mark.parametrize("recipe", ["masked_lm", "diffusers_transformer"])
+def test_another_model_learns_both_directions(recipe, plain):
     """Another network, so other numbers; a latent of no information has MSE 1 and R@10 of 5 %."""
-    result = run("masked_lm")
+    result = run(recipe)
     assert result["t2l_mse"] < 0.95 and result["t2l_r10"] > 0.3
     assert result["l2t_ce"] < plain["l2t_ce"] + 0.4
 
