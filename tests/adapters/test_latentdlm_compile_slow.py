@@ -44,13 +44,13 @@ def test_it_compiles():
     for wrap in (lambda trainer: trainer, lambda t: torch.compile(t, backend="eager")):
         trainer = wrap(with_cycle(make_host(**options)))
         torch.manual_seed(0)
-        for step in range(3):
+        for step in range(2):
             loss, _ = trainer(make_batch(seed=step), step=step)
             loss.backward()
             losses.append(loss.detach())
         with torch.no_grad():
             losses.append(trainer(make_batch())[0])
-    torch.testing.assert_close(losses[:4], losses[4:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses[:3], losses[3:], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

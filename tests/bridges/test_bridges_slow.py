@@ -35,8 +35,14 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("bridge", BRIDGES, ids=lambda b: str(TextBridge.of(b)))
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+CASES = [(bridge, "plain") for bridge in BRIDGES] + [
+    (bridge, text)
+    for text in ("placed", "predicted")
+    for bridge in ("categorical", "gumbel", TextBridge("unmask", steps=3))
+]
+
+
+@pytest.mark.parametrize(("bridge", "text"), CASES, ids=str)
 def test_a_cycle_through_any_bridge_compiles_to_one_graph(bridge, text):
     denoiser, _, process = toy_denoiser(seed=0)
     batch, parameters = toy_batch(seed=0), list(denoiser.module.parameters())
@@ -47,7 +53,7 @@ def test_a_cycle_through_any_bridge_compiles_to_one_graph(bridge, text):
             denoiser,
             latents,
             mask,
-            text_process=text,
+            text_process=TEXTS[text],
             latent_process=process,
             bridge=bridge,
             policy=policy,

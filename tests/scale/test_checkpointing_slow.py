@@ -89,8 +89,16 @@ def compiled_network(denoiser, objective, compiler):
     return cv.StepModule(cv.checkpoint_passes(inside), objective)
 
 
-@pytest.mark.parametrize("compiled", [compiled_step, compiled_network])
-@pytest.mark.parametrize("name", ["default", "frozen", "gumbel bridge", "three steps, last"])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("default", compiled_step),
+        ("default", compiled_network),
+        ("frozen", compiled_step),
+        ("gumbel bridge", compiled_step),
+        ("three steps, last", compiled_network),
+    ],
+)
 def test_a_compiled_step_and_a_compiled_network(name, compiled):
     denoiser, objective = deep(), recipe(RECIPES[name])
     parameters = list(denoiser.module.parameters())
