@@ -73,7 +73,7 @@ def main() -> None:
     model = Lumina2Transformer2DModel(  # or .from_pretrained(...), of bigger pictures
         in_channels=PICTURE[0],
         sample_size=PICTURE[1],
-        patch_size=1,
+        patch_size=2,
         hidden_size=64,
         num_layers=2,
         num_refiner_layers=1,

@@ -72,11 +72,17 @@ def test_other_draws_give_the_same_result_within_noise(recipe, plain):
     assert_near(run(recipe), plain)
 
 
-@pytest.mark.parametrize("recipe", ["masked_lm", "diffusers_transformer"])
-def test_another_model_learns_both_directions(recipe, plain):
+def test_a_masked_language_model_learns_both_directions(plain):
     """Another network, so other numbers; a latent of no information has MSE 1 and R@10 of 5 %."""
-    result = run(recipe)
+    result = run("masked_lm")
     assert result["t2l_mse"] < 0.95 and result["t2l_r10"] > 0.3
+    assert result["l2t_ce"] < plain["l2t_ce"] + 0.4
+
+
+def test_a_diffusers_transformer_learns_both_directions(plain):
+    """Slowly: a velocity of 0 has MSE 2, since it leaves the noise in the latent."""
+    result = run("diffusers_transformer")
+    assert result["t2l_mse"] < 1.1
     assert result["l2t_ce"] < plain["l2t_ce"] + 0.4
 
 
