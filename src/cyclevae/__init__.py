@@ -36,7 +36,7 @@ from cyclevae.model.guidance import guided, without_condition
 from cyclevae.model.maker import Maker
 from cyclevae.model.passes import l2t, l2t_and_t2l, t2l
 from cyclevae.model.teacher import Teacher
-from cyclevae.objective.batch import Batch
+from cyclevae.objective.batch import Batch, collate
 from cyclevae.objective.in_turn import Phases
 from cyclevae.objective.module import StepModule
 from cyclevae.objective.objective import CycleObjective
@@ -128,6 +128,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "categorical_text",
     "check_values",
     "checkpoint_passes",
+    "collate",
     "convert",
     "cycle_latent_loss",
     "cycle_text_loss",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from cyclevae._base import checks
 from cyclevae.bridges.text import AnyTextBridge, TextBridge
+from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.gradient_policy.presets import AnyPolicy, policy_at
 from cyclevae.objective.in_turn import Phases
 from cyclevae.objective.objective import CycleObjective
@@ -90,7 +91,7 @@ def _opened(term: Term, text_bridge: TextBridge) -> Term:
     return term
 
 
-def _opened_policy(name: str, policy: AnyPolicy) -> AnyPolicy:
+def _opened_policy(name: str, policy: AnyPolicy) -> GradientPolicy:
     closed = policy_at(policy, 0)
     if closed != policy or closed.bridge != "detach":
         raise ValueError(

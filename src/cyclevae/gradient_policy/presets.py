@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from cyclevae._base import checks
 from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
@@ -81,7 +82,17 @@ LATENT_POLICIES: Mapping[str, GradientPolicy | PolicySchedule] = {
     "full": _FULL,
     "alternating": _TURNS,
 }
-AnyPolicy = GradientPolicy | PolicySchedule | str
+TextPolicy = (
+    GradientPolicy
+    | PolicySchedule
+    | Literal["stop_gradient", "decoder_isolated", "full", "alternating"]
+)
+LatentPolicy = (
+    GradientPolicy
+    | PolicySchedule
+    | Literal["stop_gradient", "encoder_isolated", "full", "alternating"]
+)
+AnyPolicy = TextPolicy | LatentPolicy
 
 
 def named_policy(

@@ -1,14 +1,20 @@
 """What one training step is given: pairs, and texts and latents that have no partner."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+
+from cyclevae._base import checks
 from cyclevae._base.types import LatentMaskLike, Latents, MaskLike, Rows, Tokens
 
 
 class Batch(NamedTuple):
     """Pairs, unpaired texts and unpaired latents; each part is optional and has its own size.
 
-    A named tuple, so that DDP, FSDP2 and `torch.compile` see the tensors in it.
+    A named tuple, so that DDP, FSDP2 and `torch.compile` see the tensors in it. `of_pairs`,
+    `of_texts` and `of_latents` make one, `|` joins the rows of two, and `collate` reads a list.
 
     Attributes:
         tokens: clean ids of the paired texts `[b, s]`.
@@ -34,9 +40,11 @@ class Batch(NamedTuple):
     Examples:
         >>> import torch
         >>> tokens = torch.tensor([[3, 4, 0]])
-        >>> batch = Batch(tokens, tokens > 0, torch.zeros(1, 4))
+        >>> batch = Batch.of_pairs(tokens, tokens > 0, torch.zeros(1, 4))
         >>> batch.unpaired_latents is None
         True
+        >>> (batch | Batch.of_latents(torch.ones(2, 4))).unpaired_latents.shape
+        torch.Size([2, 4])
     """
 
     tokens: Tokens | None = None
@@ -51,3 +59,166 @@ class Batch(NamedTuple):
     latent_mask: LatentMaskLike | None = None
     unpaired_latent_mask: LatentMaskLike | None = None
     unpaired_text_latent_mask: LatentMaskLike | None = None
+
+    @classmethod
+    def of_pairs(
+        cls,
+        tokens: Tokens,
+        attention_mask: MaskLike,
+        latents: Latents,
+        *,
+        latent_mask: LatentMaskLike | None = None,
+    ) -> "Batch":
+        """Texts with their latents."""
+        return cls(tokens, attention_mask, latents, latent_mask=latent_mask)
+
+    @classmethod
+    def of_texts(
+        cls,
+        tokens: Tokens,
+        attention_mask: MaskLike,
+        *,
+        latent_mask: LatentMaskLike | None = None,
+    ) -> "Batch":
+        """Texts without a latent; a mask says how long a latent the encoder is to write."""
+        return cls(
+            unpaired_tokens=tokens,
+            unpaired_attention_mask=attention_mask,
+            unpaired_text_latent_mask=latent_mask,
+        )
+
+    @classmethod
+    def of_latents(
+        cls,
+        latents: Latents,
+        *,
+        pseudo_text_mask: MaskLike | None = None,
+        latent_mask: LatentMaskLike | None = None,
+    ) -> "Batch":
+        """Latents without a text."""
+        return cls(
+            unpaired_latents=latents,
+            pseudo_text_mask=pseudo_text_mask,
+            unpaired_latent_mask=latent_mask,
+        )
+
+    def __or__(self, other: "Batch") -> "Batch":
+        """The rows of both: see `join_batches`."""
+        return join_batches([self, other])
+
+    def need_pairs(self) -> tuple[Tokens, MaskLike, Latents]:
+        """`(tokens, attention_mask, latents)` of the pairs, none of them None.
+
+        Raises:
+            ValueError: there are no pairs.
+        """
+        if self.tokens is None or self.attention_mask is None or self.latents is None:
+            raise _lacking("pairs", "tokens", "attention_mask", "latents")
+        return self.tokens, self.attention_mask, self.latents
+
+    def need_texts(self) -> tuple[Tokens, MaskLike]:
+        """`(tokens, attention_mask)` of the texts without a latent, none of them None.
+
+        Raises:
+            ValueError: there are no such texts.
+        """
+        if self.unpaired_tokens is None or self.unpaired_attention_mask is None:
+            raise _lacking("texts", "unpaired_tokens", "unpaired_attention_mask")
+        return self.unpaired_tokens, self.unpaired_attention_mask
+
+    def need_latents(self) -> Latents:
+        """The latents without a text, not None.
+
+        Raises:
+            ValueError: there are no such latents.
+        """
+        if self.unpaired_latents is None:
+            raise _lacking("latents", "unpaired_latents")
+        return self.unpaired_latents
+
+
+def _lacking(rows: str, *names: str) -> ValueError:
+    needed = ", ".join(f"`{name}`" for name in names)
+    return ValueError(f"this batch holds no {rows}: Batch.of_{rows}(...) sets {needed}")
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several, in their order, padded to the longest text and latent.
+
+    Examples:
+        >>> from cyclevae.testing import toy_batch
+        >>> join_batches([toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]).latents.shape
+        torch.Size([5, 4])
+    """
+    masks = [name for name in Batch._fields if name.endswith("latent_mask")]
+    masked = any(getattr(batch, name) is not None for batch in batches for name in masks)
+    joined = {}
+    for name in Batch._fields:
+        parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
+        if parts and parts[0].ndim > 1 and (masked or "latents" not in name):
+            longest = max(part.shape[1] for part in parts)
+            end = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+            parts = [F.pad(part, more) for part, more in zip(parts, end, strict=True)]
+        joined[name] = torch.cat(parts) if parts else None
+    return Batch(**joined)
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    """A batch of single rows, some of which lack a part: the `collate_fn` of a `DataLoader`.
+
+    A row is a mapping with `tokens` `[s]`, `latents` `[...]` or both, as tensors, arrays or lists.
+    Texts may have any lengths, and are padded at the end; an `attention_mask` `[s]` says which of
+    its tokens a row keeps, all if not given. Rows with both become the pairs, the others those
+    without a partner. Latents have one shape; where they are of variable length, pad them and give
+    a batch their masks.
+
+    Raises:
+        ValueError: no row, an unknown key, a row without a part, an empty text, wrong shapes.
+
+    Examples:
+        >>> both = {"tokens": [3, 4], "latents": [0.1, 0.2]}
+        >>> batch = collate([both, {"tokens": [5, 6, 3]}, {"tokens": [4]}, {"latents": [0.3, 0.4]}])
+        >>> batch.unpaired_tokens
+        tensor([[5, 6, 3],
+                [4, 0, 0]])
+        >>> batch.attention_mask, batch.unpaired_latents
+        (tensor([[True, True]]), tensor([[0.3000, 0.4000]]))
+    """
+    if not rows:
+        raise ValueError("`rows` is empty, so there is no batch to make of it")
+    batches = [_of_row(f"rows[{place}]", row) for place, row in enumerate(rows)]
+    shapes = {
+        part.shape[1:]
+        for b in batches
+        for part in (b.latents, b.unpaired_latents)
+        if part is not None
+    }
+    if len(shapes) > 1:
+        raise ValueError(
+            f"latents of `rows` must have one shape, got {sorted(map(list, shapes))}; pad those of "
+            "variable length to one, and give the batch their masks: see Batch.latent_mask"
+        )
+    return join_batches(batches)
+
+
+def _of_row(where: str, row: Mapping[str, Any]) -> Batch:
+    """A batch of one row."""
+    checks.check_type(where, row, Mapping)
+    for key in row:
+        checks.check_choice(f"a key of {where}", key, ("tokens", "attention_mask", "latents"))
+    given = {key: torch.as_tensor(part)[None] for key, part in row.items() if part is not None}
+    tokens, latents = given.get("tokens"), given.get("latents")
+    if tokens is None:
+        if latents is None or "attention_mask" in given:
+            raise ValueError(f"`{where}` must have `tokens`, `latents` or both, got {list(given)}")
+        return Batch.of_latents(latents)
+    mask = given.get("attention_mask", torch.ones_like(tokens, dtype=torch.bool))
+    for name, part in (("tokens", tokens), ("attention_mask", mask)):
+        if part.ndim != 2 or not part.numel() or part.shape != tokens.shape:
+            raise ValueError(
+                f"`{where}[{name!r}]` must be one row of at least one token, got shape "
+                f"{list(part.shape[1:])}"
+            )
+    if latents is None:
+        return Batch.of_texts(tokens, mask)
+    return Batch.of_pairs(tokens, mask, latents)

@@ -1,7 +1,7 @@
 """Objective and network as one module."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -78,6 +78,17 @@ class StepModule(nn.Module):
                 "no `with_network(network)` to follow: make a new StepModule, or give it one"
             )
         self.denoiser = denoiser.with_network(self.network)
+
+    if TYPE_CHECKING:  # torch says of the call that it returns Any
+
+        def __call__(
+            self,
+            batch: Batch,
+            step: int,
+            generator: torch.Generator | None = None,
+            counts: Mapping[str, Count] | None = None,
+        ) -> StepOutput:
+            """See `forward`."""
 
     def forward(
         self,

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cyclevae.objective.batch import Batch
+from cyclevae.objective.batch import Batch, join_batches
 from cyclevae.objective.in_turn import Phases
 from cyclevae.objective.module import StepModule
 from cyclevae.objective.objective import CycleObjective
@@ -90,27 +89,6 @@ def check_ranks(
         _compare(expected, gradients, f"rank {rank}", tolerance)
 
 
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch of the rows of several, in their order, padded to the longest text and latent.
-
-    Examples:
-        >>> from cyclevae.testing import toy_batch
-        >>> join_batches([toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]).latents.shape
-        torch.Size([5, 4])
-    """
-    masks = [name for name in Batch._fields if name.endswith("latent_mask")]
-    masked = any(getattr(batch, name) is not None for batch in batches for name in masks)
-    joined = {}
-    for name in Batch._fields:
-        parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
-        if parts and parts[0].ndim > 1 and (masked or "latents" not in name):
-            longest = max(part.shape[1] for part in parts)
-            end = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-            parts = [F.pad(part, more) for part, more in zip(parts, end, strict=True)]
-        joined[name] = torch.cat(parts) if parts else None
-    return Batch(**joined)
-
-
 # What is compared
 
 
@@ -133,7 +111,7 @@ def _joined_gradients(
         counts = {name: counts[name] for name in expected if name in counts}
         with SameDraws():
             loss = module(batch, step, counts=counts).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return _whole(module)
 
 

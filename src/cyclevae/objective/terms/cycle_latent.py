@@ -10,7 +10,7 @@ from cyclevae._base.types import Count, Number, Scalar
 from cyclevae.bridges.text import AnyTextBridge, TextBridge
 from cyclevae.gradient_policy.presets import (
     LATENT_POLICIES,
-    AnyPolicy,
+    LatentPolicy,
     PolicySchedule,
     all_policies,
     named_policy,
@@ -57,7 +57,7 @@ class CycleLatent(UnpairedTerm):
     show_latent: bool = False
     distance: AnyDistance = "mse"
     maker: Maker = LIVE
-    policy: AnyPolicy = "stop_gradient"
+    policy: LatentPolicy = "stop_gradient"
 
     renamed: ClassVar[Mapping[str, str]] = {
         "cycle_latent_weight": "weight",

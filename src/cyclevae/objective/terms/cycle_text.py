@@ -10,7 +10,7 @@ from cyclevae._base.types import Count, Number, Scalar
 from cyclevae.bridges.latent import NOISED, LatentBridge
 from cyclevae.gradient_policy.presets import (
     TEXT_POLICIES,
-    AnyPolicy,
+    TextPolicy,
     named_policy,
     policy_at,
 )
@@ -50,7 +50,7 @@ class CycleText(UnpairedTerm):
     bridge: LatentBridge = NOISED
     time: Number | TimePolicy = 1.0
     maker: Maker = LIVE
-    policy: AnyPolicy = "stop_gradient"
+    policy: TextPolicy = "stop_gradient"
 
     renamed: ClassVar[Mapping[str, str]] = {
         "cycle_text_weight": "weight",
