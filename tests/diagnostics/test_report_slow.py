@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import FrozenInstanceError, replace
+from html import escape
 
 import pytest
 import torch
@@ -359,10 +360,36 @@ def test_the_picture(tmp_path):
     assert axes.get_title() == "9 of 9 pitfalls tested on 64 pairs\nnone of them found"
 
 
-def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
+def test_a_picture_needs_matplotlib_and_a_notebook_does_without(monkeypatch, tmp_path):
+    found = report(Toy(hidden, read_digits))
+    html = found._repr_html_()
+    assert f"<h4>{found.title}</h4><p>{found.summary}</p>" in html
+    assert html.count("<table>") == 6 and html.count("data:image/png;base64,iVBOR") == 1
+    for verdict in found.verdicts:
+        assert f">{verdict.mark}</td>" in html and escape(verdict.sentence) in html
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
-        report(Toy()).plot(tmp_path / "cheat.png")
+        found.plot(tmp_path / "cheat.png")
+    without = found._repr_html_()
+    assert "<img" not in without and without.count("<table>") == 6
+
+
+def test_the_title_of_many_findings_stays_in_the_picture():
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6.4, 4.2)).subplots()
+    denoiser, text, latent = toy_denoiser()
+    lost = cycle_report(denoiser, toy_batch(rows=32), text_process=text, latent_process=latent)
+    lost.plot(axes)
+    assert len(lost.summary) > 2 * 64
+    assert max(map(len, axes.get_title().splitlines())) <= 64
+
+
+def test_progress_is_told_before_each_part():
+    told = []
+    with_it = report(Toy(), progress=told.append)
+    assert [words[:22] for words in told] == [f"cycle report, {i} of 4: " for i in range(1, 5)]
+    assert str(with_it) == str(report(Toy()))
 
 
 # --- verdicts, at their thresholds ------------------------------------------------------------

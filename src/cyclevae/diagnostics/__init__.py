@@ -16,3 +16,4 @@ from cyclevae.diagnostics.probes import latent_probe as latent_probe
 from cyclevae.diagnostics.probes import text_probe as text_probe
 from cyclevae.diagnostics.report import CycleReport as CycleReport
 from cyclevae.diagnostics.verdicts import Verdict as Verdict
+from cyclevae.diagnostics.weights import plot_weights as plot_weights

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ def cycle_report(
     high: Number = 0.98,
     samples: int = 4,
     generator: torch.Generator | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> CycleReport:
     """Is the cycle honest and the latent alive: every diagnostic on the pairs of a batch.
 
@@ -70,6 +72,7 @@ def cycle_report(
         high: the highest time of `latent_probe`.
         samples: of `latent_probe`.
         generator: random state of the draws; one of its own, seeded with 0, if not given.
+        progress: is told what is measured next, such as `print` or `bar.set_description`.
 
     Raises:
         ValueError: fewer than 2 pairs, equal latents, wrong shapes or values.
@@ -114,6 +117,8 @@ def cycle_report(
         "text_process": text_process,
         "latent_process": latent_process,
     }
+    tell = progress or _silent
+    tell("cycle report, 1 of 4: both cycles")
     with measuring(denoiser):
         z_hat = encode_text(denoiser, tokens, mask, noise=noise, latent_mask=kept, **read)
         logits = l2t(
@@ -140,6 +145,27 @@ def cycle_report(
         return square.flatten(1).sum(dim=1) / total
 
     right, shuffled = errors(z_hat), errors(z_hat.roll(1, 0))
+    tell("cycle report, 2 of 4: does the decoder read the latent")
+    text = text_probe(*pairs, noise=noise, latent_mask=kept, **processes)
+    tell("cycle report, 3 of 4: does the encoder read the text")
+    latent = latent_probe(
+        *pairs,
+        low=low,
+        high=high,
+        samples=samples,
+        generator=generator,
+        latent_mask=kept,
+        **processes,
+    )
+    tell("cycle report, 4 of 4: does the cycle survive noise and rounding")
+    cheat = cheat_test(
+        *pairs,
+        z_hat=z_hat,
+        variance=target["variance"],
+        generator=generator,
+        latent_mask=kept,
+        **read,
+    )
     return CycleReport(
         rows=found.paired,
         time=float(time),
@@ -151,29 +177,18 @@ def cycle_report(
         shuffled_latent_error=shuffled.mean().item(),
         latent_gap_error=(shuffled - right).std().item() / math.sqrt(found.paired),
         cycle_latent_error=errors(cycled).mean().item(),
-        text=text_probe(*pairs, noise=noise, latent_mask=kept, **processes),
-        latent=latent_probe(
-            *pairs,
-            low=low,
-            high=high,
-            samples=samples,
-            generator=generator,
-            latent_mask=kept,
-            **processes,
-        ),
-        cheat=cheat_test(
-            *pairs,
-            z_hat=z_hat,
-            variance=target["variance"],
-            generator=generator,
-            latent_mask=kept,
-            **read,
-        ),
+        text=text,
+        latent=latent,
+        cheat=cheat,
         chance=chance(logits, tokens, text_process.chosen(mask), latents),
         z_hat=latent_health(z_hat, **target, latent_mask=kept),
         latents=true,
         retrieval=retrieval(z_hat, latents, latent_mask=kept),
     )
+
+
+def _silent(doing: str) -> None:
+    """Tell nobody."""
 
 
 def _check_finite(logits: Float[Tensor, "words v"]) -> None:

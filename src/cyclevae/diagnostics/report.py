@@ -1,22 +1,29 @@
 """A report on a cycle: its numbers, a verdict for each pitfall, a table and a picture."""
 
 import math
+from base64 import b64encode
 from dataclasses import dataclass
-from os import PathLike
+from html import escape
+from io import BytesIO
+from textwrap import fill
 from typing import Any
 
-from cyclevae._base.table import table
+from cyclevae._base.table import html_table, table
 from cyclevae.diagnostics import verdicts
+from cyclevae.diagnostics._drawing import axes_at
 from cyclevae.diagnostics.chance import Chance
 from cyclevae.diagnostics.cheat import CheatTest
 from cyclevae.diagnostics.health import LatentHealth, Retrieval
 from cyclevae.diagnostics.probes import Probe
 from cyclevae.diagnostics.verdicts import Verdict
 
+WIDE = 64  # letters of a line above a picture
+
 
 @dataclass(frozen=True)
 class CycleReport:
-    """What `cycle_report` measured; `str` of it is a table, `plot` draws it.
+    """What `cycle_report` measured; `str` of it is a table, `plot` draws it,
+    and a notebook shows both.
 
     Errors of latents are squared distances as shares of the latents' variance: 0 is perfect, 1 what
     their mean achieves.
@@ -101,93 +108,99 @@ class CycleReport:
         said = f"found: {', '.join(failed)}" if failed else "none of them found"
         return "; ".join([tested, said, *([f"not judged: {', '.join(unknown)}"] * bool(unknown))])
 
+    @property
+    def title(self) -> str:
+        """What was looked at; what was found is in `summary`."""
+        return f"cycle report on {self.rows} pairs, bridge from time {self.time:g}"
+
     def __str__(self) -> str:
+        tables = map(table, self._tables())
+        judged = "\n".join([*map(str, self.verdicts), self.summary])
+        return "\n\n".join([self.title, *tables, judged])
+
+    def _repr_html_(self) -> str:
+        """For a notebook: verdicts, the picture where matplotlib is installed, and all tables."""
+        rows = [["", "pitfall", "measured"]]
+        rows += [[verdict.mark, verdict.name, verdict.sentence] for verdict in self.verdicts]
+        picture = BytesIO()
+        try:
+            self.plot(picture)
+        except ImportError:
+            shown = ""
+        else:
+            shown = f'<img alt="{escape(self.summary)}" src="data:image/png;base64,'
+            shown += b64encode(picture.getvalue()).decode() + '">'
+        tables = "".join(map(html_table, self._tables()))
+        return (
+            f"<h4>{escape(self.title)}</h4><p>{escape(self.summary)}</p>"
+            f"{html_table(rows, left=True)}{shown}"
+            f"<details><summary>numbers</summary>{tables}</details>"
+        )
+
+    def _tables(self) -> list[list[list[str]]]:
         width = len(self.latents.mean)
         probes = {"L2T, nats per text": self.text, "T2L, nats per latent": self.latent}
         health = (self.z_hat, self.latents)
-        blocks = [
-            f"cycle report on {self.rows} pairs, bridge from time {self.time:g}",
-            table(
-                [["base losses", "text", "latent"], ["", _g(self.text_loss), _g(self.latent_loss)]]
-            ),
-            table(
-                [["given", "right", "shuffled", "nothing", "information", "difference"]]
-                + [
-                    [
-                        name,
-                        *map(_g, (p.right, p.shuffled, p.empty, p.information)),
-                        "" if p.difference is None else _g(p.difference),
-                    ]
-                    for name, p in probes.items()
-                ]
-            ),
-            table(
+        return [
+            [["base losses", "text", "latent"], ["", _g(self.text_loss), _g(self.latent_loss)]],
+            [["given", "right", "shuffled", "nothing", "information", "difference"]]
+            + [
                 [
-                    ["error of z_hat", "right", "shuffled", "latent cycle"],
-                    [
-                        "share of variance",
-                        _g(self.latent_error),
-                        _g(self.shuffled_latent_error),
-                        _g(self.cycle_latent_error),
-                    ],
+                    name,
+                    *map(_g, (p.right, p.shuffled, p.empty, p.information)),
+                    "" if p.difference is None else _g(p.difference),
                 ]
-            ),
-            table(
+                for name, p in probes.items()
+            ],
+            [
+                ["error of z_hat", "right", "shuffled", "latent cycle"],
                 [
-                    ["accuracy", "text cycle", "pairs"],
-                    *map(list, self._accuracies(_percent)),
-                    ["guessed", "", _percent(self.chance.guess)],
-                ]
-            ),
-            table(
-                [
-                    ["latents", "z_hat", "true"],
-                    ["length", *(_g(h.norm) for h in health)],
-                    ["spread", *(_g(h.scale) for h in health)],
-                    ["drift of the mean", *(_g(h.drift) for h in health)],
-                    ["effective rank", *(_g(h.effective_rank) for h in health)],
-                    [f"active of {width}", *(str(h.active) for h in health)],
-                    ["recall at 1", _percent(self.retrieval.recall), ""],
-                    ["never retrieved", _percent(self.retrieval.never), ""],
-                    ["hubness", _g(self.retrieval.hubness), ""],
-                ]
-            ),
-            "\n".join([*map(str, self.verdicts), self.summary]),
+                    "share of variance",
+                    _g(self.latent_error),
+                    _g(self.shuffled_latent_error),
+                    _g(self.cycle_latent_error),
+                ],
+            ],
+            [
+                ["accuracy", "text cycle", "pairs"],
+                *map(list, self._accuracies(_percent)),
+                ["guessed", "", _percent(self.chance.guess)],
+            ],
+            [
+                ["latents", "z_hat", "true"],
+                ["length", *(_g(h.norm) for h in health)],
+                ["spread", *(_g(h.scale) for h in health)],
+                ["drift of the mean", *(_g(h.drift) for h in health)],
+                ["effective rank", *(_g(h.effective_rank) for h in health)],
+                [f"active of {width}", *(str(h.active) for h in health)],
+                ["recall at 1", _percent(self.retrieval.recall), ""],
+                ["never retrieved", _percent(self.retrieval.never), ""],
+                ["hubness", _g(self.retrieval.hubness), ""],
+            ],
         ]
-        return "\n\n".join(blocks)
 
     def plot(self, where: Any) -> None:
         """Draw the accuracies of the text cycle beside those on pairs.
 
         Args:
-            where: a path to save the picture at, or matplotlib axes to draw on.
+            where: a path or a file to save the picture at, or matplotlib axes to draw on.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure, axes = None, where
-        if isinstance(where, str | PathLike):
-            try:
-                from matplotlib.figure import Figure
-            except ImportError as error:
-                raise ImportError(
-                    "a picture of a report needs matplotlib: pip install matplotlib"
-                ) from error
-            figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-            axes = figure.subplots()
         names, cycle, pairs = zip(*self._accuracies(float), strict=True)
         places = range(len(names))
-        axes.barh([y - 0.2 for y in places], cycle, height=0.4, label="text cycle")
-        axes.barh([y + 0.2 for y in places], pairs, height=0.4, label="true latents")
-        axes.axvline(self.cheat.floor, color="black", linestyle=":", label="without the latent")
-        axes.set_yticks(places, names)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("accuracy of the decoded text")
-        axes.set_title(self.summary.replace("; ", "\n"), fontsize="medium")
-        axes.legend(loc="lower right")  # where the bars are short
-        if figure is not None:
-            figure.savefig(where)
+        with axes_at(where, "a report") as axes:
+            axes.barh([y - 0.2 for y in places], cycle, height=0.4, label="text cycle")
+            axes.barh([y + 0.2 for y in places], pairs, height=0.4, label="true latents")
+            axes.axvline(self.cheat.floor, color="black", linestyle=":", label="without the latent")
+            axes.set_yticks(places, names)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1)
+            axes.set_xlabel("accuracy of the decoded text")
+            lines = [fill(part, WIDE) for part in self.summary.split("; ")]
+            axes.set_title("\n".join(lines), fontsize="medium")
+            axes.legend(loc="lower right")  # where the bars are short
 
     def _accuracies(self, show: Any) -> list[tuple[str, Any, Any]]:
         """Name, text cycle and pairs of each way in which the latents were treated."""

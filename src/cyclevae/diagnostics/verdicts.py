@@ -47,9 +47,13 @@ class Verdict(NamedTuple):
         """What was measured, and what to do."""
         return f"{self.measured}; {self.cure}" if self.cure else self.measured
 
+    @property
+    def mark(self) -> str:
+        """`ok`, `FAIL` or, where the batch does not tell, `?`."""
+        return {True: "ok", False: "FAIL", None: "?"}[self.ok]
+
     def __str__(self) -> str:
-        mark = {True: "ok", False: "FAIL", None: "?"}[self.ok]
-        return f"{mark:<4}  {self.name:<22}  {self.sentence}"
+        return f"{self.mark:<4}  {self.name:<22}  {self.sentence}"
 
 
 def ill_conditioned_bridge(gain: float, max_gain: float) -> Verdict:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.table import Shown
 from cyclevae._base.types import Count, Number
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.objective.batch import Batch
@@ -16,7 +17,7 @@ from cyclevae.objective.output import StepOutput
 from cyclevae.objective.term import same
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Phases:
     """Objectives of which the one whose start was last runs.
 
@@ -66,7 +67,7 @@ class Phases:
         """The forward passes at a step."""
         return self.at(step).passes(step)
 
-    def describe(self, step: int = 0) -> str:
+    def describe(self, step: int = 0) -> Shown:
         """Who learns from what at a step: see `CycleObjective.describe`."""
         return self.at(step).describe(step)
 
@@ -119,6 +120,14 @@ class Phases:
                 raise ValueError(f"`{key}` is missing from the configuration of phases")
         objectives = [CycleObjective.from_config(each, **classes) for each in config["objectives"]]
         return cls(tuple(objectives), tuple(config["starts"]))
+
+    def __repr__(self) -> str:
+        phases = zip(self.starts, self.objectives, strict=True)
+        return "\n\n".join([str(objective.overview(start)) for start, objective in phases])
+
+    def _repr_html_(self) -> str:
+        phases = zip(self.starts, self.objectives, strict=True)
+        return "".join([objective.overview(start)._repr_html_() for start, objective in phases])
 
     def __eq__(self, other: object) -> bool:
         return same(self, other)

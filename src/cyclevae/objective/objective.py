@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cyclevae._base import checks
+from cyclevae._base.table import Shown
 from cyclevae._base.types import Count, Number
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
@@ -23,8 +24,9 @@ from cyclevae.objective.checking import (
 )
 from cyclevae.objective.config import dump_objective, load_objective
 from cyclevae.objective.output import StepOutput
-from cyclevae.objective.plan import Plan, Planned, describe, make_plan
+from cyclevae.objective.plan import Plan, Planned, make_plan
 from cyclevae.objective.ran import Ran
+from cyclevae.objective.shown import Overview, describe, overview
 from cyclevae.objective.step import Setting, Step
 from cyclevae.objective.term import Term, same
 from cyclevae.objective.terms import SHIPPED, recommended
@@ -43,7 +45,7 @@ from cyclevae.scale.non_finite import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CycleObjective:
     """The whole objective of one step; with the two processes alone it is the recommended recipe.
 
@@ -78,6 +80,13 @@ class CycleObjective:
         >>> output.loss.backward()
         >>> sorted(output.metrics)[:3]
         ['cycle_text_loss', 'cycle_text_weight', 'latent_loss']
+        >>> objective  # `later` is empty where a weight stays
+        CycleObjective(TextProcess, LatentProcess): 3 terms, 3 passes at step 0
+        term        weight  later  pass             costs  learns                frozen
+        text        1              L2T of the latent  1      decoder_only, shared  -
+        latent      5              T2L of the text    1      encoder_only, shared  -
+        cycle_text  4              T2L makes z_hat    0      nobody                -
+                                   L2T reads z_hat    1      decoder_only, shared  -
     """
 
     text_process: TextProcess
@@ -152,8 +161,10 @@ class CycleObjective:
         """
         return self.plan(step).number
 
-    def describe(self, step: int = 0) -> str:
+    def describe(self, step: int = 0) -> Shown:
         """Who learns from what at a step: a line for each pass that a term reads or runs.
+
+        A string, that a notebook shows as a table. The objective itself shows all of its terms.
 
         `frozen` are the roles and patterns that get no gradient from the pass, though gradient may
         flow through them; `learns` are the roles that the pass uses, see `Roles`.
@@ -414,6 +425,21 @@ class CycleObjective:
         known = {term.kind(): term for term in SHIPPED} | dict(terms or {})
         kinds = (TextProcess, LatentProcess, UniformTextProcess, HybridTextProcess, *processes)
         return load_objective(cls, config, known, kinds)
+
+    # For people
+
+    def overview(self, step: int = 0) -> Overview:
+        """All terms, also those that rest at a step: what the objective shows of itself."""
+        kind = f"{type(self.text_process).__name__}, {type(self.latent_process).__name__}"
+        return overview(
+            f"CycleObjective({kind})", self._terms(), step, join_passes=self.join_passes
+        )
+
+    def __repr__(self) -> str:
+        return str(self.overview())
+
+    def _repr_html_(self) -> str:
+        return self.overview()._repr_html_()
 
     def __eq__(self, other: object) -> bool:
         return same(self, other)

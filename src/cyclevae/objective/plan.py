@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cyclevae._base.table import table
 from cyclevae._base.types import Number
-from cyclevae.gradient_policy.roles import ROLES
 from cyclevae.objective.requests import Decode, Encode, Own, Request
 from cyclevae.objective.rows import Share
 
@@ -104,26 +102,6 @@ def _place(request: Decode | Encode, shared: Sequence[Decode | Encode]) -> int:
         if request.may_read(other):
             return place
     return len(shared)
-
-
-def describe(plan: Plan) -> str:
-    """The passes of each term, who learns there and who is frozen, as aligned lines."""
-    lines = [("term", "weight", "pass", "learns", "frozen")]
-    for term, weight, requests in plan.terms:
-        for i, request in enumerate(requests):
-            name = ("", "") if i else (term, f"{weight:g}")
-            frozen = request.freeze if request.learns else ()
-            does = request.does
-            if not isinstance(request, Own):
-                does = request.maker.does(does)
-            lines.append((*name, does, _who_learns(request), ", ".join(frozen) or "-"))
-    return table(lines, left=True)
-
-
-def _who_learns(request: Request) -> str:
-    apart = [pattern for pattern in request.freeze if pattern not in ROLES]
-    named = ", ".join(learners(request)) or "nobody"
-    return named + (f" except {', '.join(apart)}" if apart and named != "nobody" else "")
 
 
 def learners(request: Request) -> list[str]:
