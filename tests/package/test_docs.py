@@ -146,11 +146,16 @@ def test_public_names_are_found():
     assert {f"cyclevae.{name}" for name in expected} <= PUBLIC.keys()
 
 
-def test_every_public_name_is_in_the_api_page():
-    page = (ROOT / "docs" / "api.md").read_text()
-    listed = re.findall(r"^::: (\S+)", page, flags=re.MULTILINE)
+def test_every_public_name_has_one_entry():
+    """Under one of its names, where it has two, as `gradient_ledger` of `testing`."""
+    pages = [path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.md"))]
+    listed = [name for page in pages for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)]
     assert len(set(listed)) == len(listed)
-    assert PUBLIC.keys() <= set(listed), sorted(PUBLIC.keys() - set(listed))
+    entries = {}
+    for name, thing in PUBLIC.items():
+        entries.setdefault(id(thing), []).append(name)
+    wrong = [names for names in entries.values() if len(set(names) & set(listed)) != 1]
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", PUBLIC)
