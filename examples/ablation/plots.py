@@ -25,7 +25,7 @@ matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same f
 
 def against_pairs(results: Results, path: Path) -> None:
     """Cross-entropy and R@1 against the number of pairs, with bands, and what cycles are worth."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 8), layout="constrained")
     compared = Compared(results)
     for axis, measure in zip(axes, ("l2t_ce_true", "t2l_r1"), strict=True):
         for row in CORE_ORDER:
@@ -48,7 +48,7 @@ def against_pairs(results: Results, path: Path) -> None:
         axis.set_title(f"{MEASURES[measure].label} on test pairs ({good} is good)", fontsize=10)
         axis.set_xlabel("pairs")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=9)
     _save(figure, path)
 
 
@@ -73,7 +73,7 @@ def _arrow(axis: Axes, compared: Compared, key: Key, measure: str) -> None:
 
 def curves(results: Results, path: Path) -> None:
     """Validation scores against compute, at the number of pairs of the primary test."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 8), layout="constrained")
     for axis, name, label in zip(
         axes, ("l2t_ce", "t2l_mse"), ("L2T cross-entropy", "T2L mean squared error"), strict=True
     ):
@@ -86,13 +86,13 @@ def curves(results: Results, path: Path) -> None:
         axis.set_xlabel("TFLOP spent")
         axis.set_title(f"{label} on validation pairs, a line a seed", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=9)
     _save(figure, path)
 
 
 def against_compute(results: Results, rows: Sequence[str], path: Path) -> None:
     """What cycles on fewer steps or rows gain, against the compute that a step takes."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 8), layout="constrained")
     compared, drawn = Compared(results), False
     for axis, measure in zip(axes, ("l2t_ce_true", "t2l_r10"), strict=True):
         for row in rows:
@@ -109,7 +109,7 @@ def against_compute(results: Results, rows: Sequence[str], path: Path) -> None:
         axis.set_xlabel("GFLOP a step")
         axis.set_title(f"{MEASURES[measure].label}: row - control at equal compute", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=9)
     if drawn:
         _save(figure, path)
     pyplot.close(figure)
