@@ -11,7 +11,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """A row for each page, in the order of the navigation."""
     if PLACE not in markdown:
         return markdown
-    rows = ["| | |", "|---|---|"]
+    rows = ["| page | names |", "|---|---|"]
     for sibling in page.parent.children:
         if sibling is not page:
             text = Path(sibling.file.abs_src_path).read_text()

@@ -174,6 +174,13 @@ def test_tests_that_a_page_names_are_in_their_file():
             assert f"\ndef {name}(" in source, (file, name)
 
 
+@pytest.mark.parametrize("path", PAGES[:-1], ids=name_of)
+def test_a_page_begins_with_who_needs_it(path):
+    registered = "preregistration"  # which stays as it was
+    opening = r"# .+\n\n\*Who needs this:\* [^\n]+\.\n\n"
+    assert re.match(opening, path.read_text()) or path.stem == registered
+
+
 @every_page
 def test_links_between_pages_lead_somewhere(path):
     """`mkdocs build --strict` checks this too, and anchors; this needs no mkdocs."""
