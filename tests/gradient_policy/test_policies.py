@@ -175,6 +175,7 @@ def test_alternating_teaches_one_side_and_then_the_other():
 
 
 @pytest.mark.unhooked
+@pytest.mark.unhooked
 @pytest.mark.parametrize(
     ("make", "policy", "message"),
     [
