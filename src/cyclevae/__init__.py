@@ -17,6 +17,7 @@ from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.gradient_policy.presets import PolicySchedule
 from cyclevae.gradient_policy.roles import Roles
 from cyclevae.losses.contrastive import infonce_loss, same_text
+from cyclevae.losses.critic import ScoredText
 from cyclevae.losses.cycle_latent import cycle_latent_loss
 from cyclevae.losses.cycle_text import cycle_text_loss
 from cyclevae.losses.latent import latent_loss, min_snr_weight, t2l_loss
@@ -77,6 +78,8 @@ from cyclevae.scale.accumulate import two_pass
 from cyclevae.scale.checkpointing import checkpoint_passes
 from cyclevae.scale.non_finite import skip_update
 from cyclevae.scale.pool import pool_counts, pool_rows
+from cyclevae.use.best import best_text
+from cyclevae.use.doors import decode, encode
 
 __version__ = "0.2.0.dev0"
 
@@ -106,6 +109,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "PolicySchedule",
     "Prior",
     "Roles",
+    "ScoredText",
     "Share",
     "Shares",
     "Sleep",
@@ -125,6 +129,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "anneal",
     "argmax_text",
     "as_denoiser",
+    "best_text",
     "categorical_text",
     "check_values",
     "checkpoint_passes",
@@ -134,9 +139,11 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "cycle_text_loss",
     "ddvi_sleep_loss",
     "ddvi_wake_kl",
+    "decode",
     "detach",
     "draw_lengths",
     "embed_tokens",
+    "encode",
     "encode_text",
     "evaluated",
     "freeze",

@@ -595,7 +595,7 @@ def test_an_option_that_a_bridge_does_not_read_is_refused(name, option, readers)
         ({"name": "soft", "temperature": "1"}, "`temperature` must be a finite number"),
         ({"name": "unmask", "steps": 0}, "`steps` must be an integer of at least 1, got 0"),
         ({"name": "unmask", "steps": 2.0}, "`steps` must be an integer of at least 1, got 2.0"),
-        ({"name": "rloo", "samples": 1}, "at least 2, because the baseline .* others, got 1"),
+        ({"name": "rloo", "samples": 1}, "at least 2, because a sample .* others, got 1"),
         ({"name": "rloo", "samples": 2.5}, "`samples` must be an integer .* got 2.5"),
         ({"name": "rloo", "marginal_weight": -0.1}, "`marginal_weight` must be a finite number"),
         ({"name": "rloo", "marginal_weight": math.nan}, "`marginal_weight` must be a finite"),

@@ -29,7 +29,7 @@ LAYERS = (
     {"losses"},
     {"priors", "scale"},
     {"objective"},
-    {"diagnostics", "recipes"},
+    {"diagnostics", "recipes", "use"},
     {"testing", "__init__"},
     {"adapters", "__main__"},
 )

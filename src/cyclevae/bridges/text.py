@@ -39,14 +39,15 @@ Bridge = Literal[
     "gumbel",
     "soft",
     "unmask",
+    "best",
     "rloo",
 ]
 TextFunction = Callable[..., AnyTokens]
 _RELAXED = ("straight_through", "sampled_straight_through", "gumbel", "soft")
 _READ_BY = {
-    "temperature": ("categorical", *_RELAXED, "rloo"),
-    "steps": ("unmask",),
-    "samples": ("rloo",),
+    "temperature": ("categorical", *_RELAXED, "best", "rloo"),
+    "steps": ("unmask", "best"),
+    "samples": ("best", "rloo"),
     "marginal_weight": ("rloo",),
 }
 
@@ -64,6 +65,7 @@ class TextBridge:
     | `gumbel` | sampled words, relaxed | that of a tempered softmax |
     | `soft` | the probabilities | exact, of a text no encoder was trained on |
     | `unmask` | `argmax` in several passes: `unmask_text` | none |
+    | `best` | of `samples` by `unmask_text`, the one whose latent comes nearest | none |
     | `rloo` | `samples` sampled words | unbiased: `rloo_surrogate` |
     | a function | its own | its own |
 
@@ -75,8 +77,9 @@ class TextBridge:
         name: one of the names, or a function.
         temperature: divides the logits; of all but `argmax` and `unmask`. `gumbel` divides the sum
             of logits and noise.
-        steps: of `unmask`, its passes.
-        samples: of `rloo`, the texts drawn per latent; each costs an encoder pass.
+        steps: of `unmask` and `best`, the passes of a text.
+        samples: of `best` and `rloo`, the texts drawn per latent; each costs an encoder pass, and
+            of `best`, whose encoder passes have no graph, further decoder passes.
         marginal_weight: of `rloo`, the price of a nat of `text_marginal_loss` in the reward, which
             keeps the texts from becoming a private code.
 
@@ -104,8 +107,8 @@ class TextBridge:
         check_count("steps", self.steps)
         if not (isinstance(self.samples, int) and self.samples >= 2):
             raise ValueError(
-                "`samples` must be an integer of at least 2, because the baseline of a sample is "
-                f"the mean of the others, got {self.samples!r}"
+                "`samples` must be an integer of at least 2, because a sample is compared with the "
+                f"others, got {self.samples!r}"
             )
         for option in fields(self)[1:]:
             value, readers = getattr(self, option.name), _READ_BY[option.name]
@@ -159,9 +162,29 @@ class TextBridge:
         return self.samples if self.name == "rloo" else 1
 
     @property
+    def candidates(self) -> int:
+        """Among how many texts the encoder chooses, with a pass for each; 0 where it does not.
+
+        Examples:
+            >>> TextBridge().candidates, TextBridge("best", samples=4).candidates
+            (0, 4)
+        """
+        return self.samples if self.name == "best" else 0
+
+    @property
+    def more_passes(self) -> int:
+        """How many passes of the decoder it takes beside the first.
+
+        Examples:
+            >>> TextBridge("unmask", steps=4).more_passes, TextBridge("best", steps=4).more_passes
+            (3, 6)
+        """
+        return (self.steps - 1) * max(self.candidates, 1)
+
+    @property
     def reads_logits_alone(self) -> bool:
         """Whether one pass of the decoder is all it needs, as `pseudo_text` takes it."""
-        return self.name not in ("unmask", "rloo")
+        return self.name not in ("unmask", "best", "rloo")
 
     def check_policy(self, policy: GradientPolicy) -> None:
         """Refuse a policy for the latent cycle that this bridge cannot follow.
@@ -204,7 +227,7 @@ def pseudo_text(
         logits: `[b, s, v]`.
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
-        bridge: a `TextBridge`, a name or a function; any but `unmask` and `rloo`.
+        bridge: a `TextBridge`, a name or a function; any but `unmask`, `best` and `rloo`.
         generator: random state of the draws.
 
     Raises:

@@ -1,11 +1,14 @@
 """A pseudo-text in several passes: the decoder reads the words it is surest of, and goes on."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from cyclevae._base.checks import as_mask, check_positive
-from cyclevae._base.types import LatentMaskLike, Latents, Logits, MaskLike, Number, Tokens
+from cyclevae._base.types import LatentMaskLike, Latents, Logits, Mask, MaskLike, Number, Tokens
 from cyclevae.bridges.words import argmax_text, categorical_text, word_logits
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser
@@ -69,7 +72,40 @@ def unmask_text(
         raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}")
     if temperature is not None:
         check_positive("temperature", temperature)
-    mask = as_mask("attention_mask", attention_mask)
+    return write_words(
+        denoiser,
+        latents,
+        as_mask("attention_mask", attention_mask),
+        text_process=text_process,
+        steps=steps,
+        logits=logits,
+        temperature=temperature,
+        generators=(generator,),
+        latent_mask=latent_mask,
+    )
+
+
+def write_words(
+    denoiser: Denoiser,
+    latents: Latents,
+    mask: Mask,
+    *,
+    text_process: TextProcess,
+    steps: int,
+    logits: Logits | None,
+    temperature: Number | None,
+    generators: Sequence[torch.Generator | None],
+    latent_mask: LatentMaskLike | None,
+) -> Tokens:
+    """`unmask_text` of as many equal parts of the rows as there are generators, in common passes.
+
+    Each part is what it would be alone.
+    """
+
+    def by_part(draw: Callable[..., Tokens], *rows: Tensor) -> Tokens:
+        parts = zip(*(part.tensor_split(len(generators)) for part in rows), generators, strict=True)
+        return torch.cat([draw(*part, generator=generator) for *part, generator in parts])
+
     with detach():
         places = text_process.chosen(mask)
         words, kept = places.sum(dim=1), mask.sum(dim=1).clamp(min=1)
@@ -77,7 +113,7 @@ def unmask_text(
         hidden, written = everywhere, torch.zeros_like(mask, dtype=torch.long)
         for step in range(1, steps + 1):
             if logits is None:
-                noise = text_process.noise(mask, time, generator=generator)
+                noise = by_part(text_process.noise, mask, time)
                 logits = l2t(
                     denoiser,
                     latents,
@@ -90,13 +126,8 @@ def unmask_text(
             if temperature is None:
                 drawn = argmax_text(logits, mask, text_process=text_process)
             else:
-                drawn = categorical_text(
-                    logits,
-                    mask,
-                    text_process=text_process,
-                    temperature=temperature,
-                    generator=generator,
-                )
+                draw = partial(categorical_text, text_process=text_process, temperature=temperature)
+                drawn = by_part(draw, logits, mask)
             chances = word_logits(logits, mask, text_process, temperature or 1.0).log_softmax(-1)
             confidence = chances.gather(-1, drawn[..., None]).squeeze(-1)
             if text_process.replaces:  # any word may be wrong

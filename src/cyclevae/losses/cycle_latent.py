@@ -1,11 +1,11 @@
 """The latent cycle, L2T2L: from a latent to a text and back."""
 
-import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.masked import kept_latents
@@ -23,14 +23,17 @@ from cyclevae._base.types import (
     Number,
     Reduction,
     Time,
+    Tokens,
 )
+from cyclevae.bridges.latent import ONE_SHOT
 from cyclevae.bridges.rloo import rloo_surrogate, text_log_prob
 from cyclevae.bridges.text import AnyTextBridge, TextBridge, pseudo_text
-from cyclevae.bridges.unmasking import unmask_text
+from cyclevae.bridges.unmasking import write_words
 from cyclevae.bridges.words import check_logits
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import STOP_GRADIENT, GradientPolicy
+from cyclevae.losses.critic import ScoredText, best_of, errors_per_row, score_text
 from cyclevae.losses.latent import AnyDistance, check_distance, latent_loss
 from cyclevae.losses.text_marginal import text_marginal_loss
 from cyclevae.model.denoiser import Denoiser, reading_relaxed
@@ -72,7 +75,8 @@ def cycle_latent_loss(
     is a choice of ids, the pseudo-text is data to the encoder. Where it has a gradient, the decoder
     learns to write what the encoder reads: under `policy.bridge="full"`. `rloo` draws several texts
     per latent, encodes each from the same noise, and returns the mean of their losses, whose
-    gradient for the decoder is that of `rloo_surrogate`.
+    gradient for the decoder is that of `rloo_surrogate`. `best` draws several too, and keeps the
+    one whose latent, from that noise and without a gradient, comes nearest by `distance`.
 
     The modes of the network are left as they are: in training, dropout acts in the pass that makes
     the pseudo-text as in any other. `maker=evaluated(denoiser)` does without.
@@ -170,8 +174,24 @@ def cycle_latent_loss(
                     generator=generator,
                     latent_mask=latent_mask,
                 )
+            if noise is None and bridge.candidates:
+                noise = draw_noise(
+                    len(latents), latent_process, at=latents, like=latents, generator=generator
+                )
+            start: dict[str, Any] = {"bridge": ONE_SHOT, "time": time, "noise": noise}
+            score = partial(
+                score_text,
+                writer,
+                mask=mask,
+                latents=latents,
+                text_process=text_process,
+                latent_process=latent_process,
+                distance=distance,
+                latent_mask=latent_mask,
+                **start,
+            )
             texts = _write(
-                writer, latents, mask, logits, text_process, bridge, generator, latent_mask
+                writer, latents, mask, logits, text_process, bridge, generator, latent_mask, score
             )
         if policy.freeze_bridge:
             refuse_reentrant([logits], bridge=latents)
@@ -246,16 +266,9 @@ def cycle_latent_loss(
     )
     surrogate = rloo_surrogate(log_probs, rewards)
     # of value 0, spread over the elements of a row so that it is reduced as they are
-    per_row = (surrogate - surrogate.detach()) / _elements(errors[0], latent_mask)
+    per_row = (surrogate - surrogate.detach()) / errors_per_row(errors[0], latent_mask)
     spread = per_row.view(-1, *[1] * (errors.ndim - 2)).expand_as(errors[0])
     return loss + reduce_latents(spread, reduction=reduction, latent_mask=latent_mask, count=count)
-
-
-def _elements(errors: Loss, latent_mask: LatentMask | None) -> int | Tensor:
-    """How many errors of each row count."""
-    if latent_mask is None:
-        return math.prod(errors.shape[1:])
-    return latent_mask.sum(dim=1).clamp(min=1) * math.prod(errors.shape[2:])
 
 
 def _write(
@@ -267,20 +280,25 @@ def _write(
     bridge: TextBridge,
     generator: torch.Generator | None,
     latent_mask: LatentMask | None,
+    score: Callable[[Tokens], ScoredText],
 ) -> list[AnyTokens]:
     """The pseudo-texts of a bridge: one, or the samples of `rloo`."""
-    if bridge.name == "unmask":
-        text = unmask_text(
-            denoiser,
-            latents,
-            mask,
-            text_process=text_process,
-            steps=bridge.steps,
-            logits=logits,
-            generator=generator,
-            latent_mask=latent_mask,
+    if bridge.name in ("unmask", "best"):
+        written = (
+            write_words(
+                denoiser,
+                latents,
+                mask,
+                text_process=text_process,
+                steps=bridge.steps,
+                logits=logits,
+                temperature=bridge.temperature if bridge.candidates else None,
+                generators=(generator,),
+                latent_mask=latent_mask,
+            )
+            for _ in range(max(bridge.candidates, 1))
         )
-        return [text]
+        return [best_of(map(score, written)).tokens if bridge.candidates else next(written)]
     texts = 1
     if bridge.name == "rloo":
         texts = bridge.samples

@@ -36,7 +36,7 @@ class CycleLatent(UnpairedTerm):
         bridge: what text crosses: a `TextBridge`, its name, or a function. In steps of a
             `PolicySchedule` in which nobody learns through it, ids of the same law do.
         time: at which the encoder starts, a number or a `TimePolicy`.
-        maker: whose decoder writes the text: see `Maker`.
+        maker: whose decoder writes the text, and whose encoder chooses among several: see `Maker`.
         show_latent: let the encoder see the noised true latent.
         distance: see `latent_loss`.
         policy: who learns: a `GradientPolicy`, a `PolicySchedule` or `stop_gradient`,
@@ -81,6 +81,11 @@ class CycleLatent(UnpairedTerm):
         object.__setattr__(self, "policy", policy)
         check_maker(self.maker, policy)
         bridge = TextBridge.of(self.bridge)
+        if bridge.candidates and self.maker.guidance != 1:
+            raise ValueError(
+                f"the {str(bridge)!r} bridge chooses by the encoder of its maker, which guidance="
+                f"{self.maker.guidance!r} would move too: leave guidance at 1, or use 'unmask'"
+            )
         if isinstance(policy, PolicySchedule):
             for each in all_policies(policy):
                 (bridge.detached if each.bridge == "detach" else bridge).check_policy(each)
@@ -107,14 +112,19 @@ class CycleLatent(UnpairedTerm):
         """The decoder writes a text, and the encoder reads it."""
         bridge, frozen = self.bridge_at(step), policy_at(self.policy, step).freeze
         reads = Own(does="T2L reads y_hat", roles=ENCODER, freeze=frozen, number=bridge.texts)
-        more, judges = (
-            Own(does=does, roles=DECODER, learns=False, number=number)
-            for does, number in (
-                (self.maker.does("L2T writes on"), (bridge.steps - 1) * self.maker.passes),
-                ("L2T judges y_hat", bridge.texts if bridge.marginal_weight else 0),
+        more, picks, judges = (
+            Own(does=does, roles=roles, learns=False, number=number)
+            for does, roles, number in (
+                (self.maker.does("L2T writes on"), DECODER, bridge.more_passes * self.maker.passes),
+                (
+                    self.maker.does("T2L picks y_hat"),
+                    ENCODER,
+                    bridge.candidates * self.maker.passes,
+                ),
+                ("L2T judges y_hat", DECODER, bridge.texts if bridge.marginal_weight else 0),
             )
         )
-        return self.decodes(step), *[own for own in (more, reads, judges) if own.number]
+        return self.decodes(step), *[own for own in (more, picks, reads, judges) if own.number]
 
     def counts(self, rows: Arranged, setting: Setting) -> dict[str, Count]:
         """Elements of the latents that it reads."""

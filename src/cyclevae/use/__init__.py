@@ -1,0 +1,1 @@
+"""A trained model in use: what it says of texts and latents, and its file."""
