@@ -16,6 +16,7 @@ from cyclevae.gradient_policy.contexts import detach, freeze, gate_params
 from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.gradient_policy.presets import PolicySchedule
 from cyclevae.gradient_policy.roles import Roles
+from cyclevae.losses.channel import channel_latents
 from cyclevae.losses.contrastive import infonce_loss, same_text
 from cyclevae.losses.critic import ScoredText
 from cyclevae.losses.cycle_latent import cycle_latent_loss
@@ -50,6 +51,7 @@ from cyclevae.objective.terms import (
     Contrastive,
     CycleLatent,
     CycleText,
+    Distill,
     Latent,
     Prior,
     Sleep,
@@ -92,6 +94,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "Decode",
     "Denoised",
     "Denoiser",
+    "Distill",
     "EDM",
     "Encode",
     "EncoderDecoder",
@@ -131,6 +134,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "as_denoiser",
     "best_text",
     "categorical_text",
+    "channel_latents",
     "check_values",
     "checkpoint_passes",
     "collate",

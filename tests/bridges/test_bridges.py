@@ -555,21 +555,22 @@ def test_text_bridges():
     assert len({TextBridge(), TextBridge("argmax"), TextBridge("soft")}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         bridge.samples = 1
-    assert {n for n in (*BRIDGES, "unmask", "rloo") if TextBridge(n).differentiable} == set(RELAXED)
-    gradients = {n for n in (*BRIDGES, "unmask", "rloo") if TextBridge(n).has_gradient}
+    names = (*BRIDGES, "unmask", "best", "rloo")
+    assert {n for n in names if TextBridge(n).differentiable} == set(RELAXED)
+    gradients = {n for n in names if TextBridge(n).has_gradient}
     assert gradients == {*RELAXED, "rloo"}
     assert str(TextBridge("soft")) == "soft"
 
 
 READ_BY = {
-    "temperature": {"categorical", *RELAXED, "rloo"},
-    "steps": {"unmask"},
-    "samples": {"rloo"},
+    "temperature": {"categorical", *RELAXED, "best", "rloo"},
+    "steps": {"unmask", "best"},
+    "samples": {"best", "rloo"},
     "marginal_weight": {"rloo"},
 }
 
 
-@pytest.mark.parametrize("name", (*BRIDGES, "unmask", "rloo", len))
+@pytest.mark.parametrize("name", (*BRIDGES, "unmask", "best", "rloo", len))
 @pytest.mark.parametrize(("option", "readers"), READ_BY.items())
 def test_an_option_that_a_bridge_does_not_read_is_refused(name, option, readers):
     default = getattr(TextBridge(), option)
@@ -618,7 +619,7 @@ def test_a_gradient_that_a_policy_would_drop_is_refused(name):
         TextBridge(name).check_policy(cv.GradientPolicy())
 
 
-@pytest.mark.parametrize("name", (*IDS, "unmask"))
+@pytest.mark.parametrize("name", (*IDS, "unmask", "best"))
 @pytest.mark.parametrize("policy", ["last", "full"])
 def test_a_gradient_that_is_not_there_is_refused(name, policy):
     TextBridge(name).check_policy(cv.GradientPolicy())
@@ -630,7 +631,7 @@ def test_a_gradient_that_is_not_there_is_refused(name, policy):
         TextBridge(name).check_policy(cv.GradientPolicy(policy))
 
 
-@pytest.mark.parametrize("name", ["unmask", "rloo"])
+@pytest.mark.parametrize("name", ["unmask", "best", "rloo"])
 def test_bridges_that_need_more_than_logits(name):
     with pytest.raises(ValueError, match=f"the '{name}' bridge needs the denoiser .* unmask_text"):
         cv.pseudo_text(torch.zeros(1, 2, 7), torch.ones(1, 2), text_process=TEXT, bridge=name)

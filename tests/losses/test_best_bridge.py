@@ -76,14 +76,9 @@ def test_an_objective_counts_its_passes_and_says_who_learns(maker):
         (lambda: cv.TextBridge("best", temperature=0.0), "`temperature` must be above 0"),
         (lambda: cv.TextBridge("best", steps=0), "`steps` must be an integer of at least 1"),
         (lambda: cv.TextBridge("unmask", samples=4), "does not read `samples`.*'best', 'rloo'"),
-        (lambda: cv.CycleLatent(bridge="best", policy="full"), "the 'best' bridge is a choice"),
         (
             lambda: cv.CycleLatent(bridge="best", maker=cv.Maker(guidance=2.0)),
             "the 'best' bridge chooses by the encoder of its maker.*guidance=2.0",
-        ),
-        (
-            lambda: cv.pseudo_text(torch.zeros(3, 5, 7), MASK, text_process=TEXT, bridge="best"),
-            "the 'best' bridge needs the denoiser",
         ),
     ],
 )

@@ -36,7 +36,7 @@ GUARDED = [
 ]  # fmt: skip
 TEXTS = [
     *("argmax", "categorical", "straight_through", "sampled_straight_through", "gumbel", "soft"),
-    *("unmask", "rloo", cv.TextBridge("unmask", steps=3), cv.TextBridge("rloo", samples=3)),
+    *("unmask", "best", "rloo", cv.TextBridge("unmask", steps=3), cv.TextBridge("rloo", samples=3)),
     *(cv.TextBridge("rloo", marginal_weight=0.1), cv.TextBridge("gumbel", temperature=0.5)),
 ]  # fmt: skip
 RELAXED = ["straight_through", "sampled_straight_through", "gumbel", "soft", "rloo", *TEXTS[-3:]]

@@ -21,7 +21,7 @@ OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
         [
             cv.Text(weighting="bound"),
             cv.Latent(),
-            cv.CycleLatent(bridge=cv.TextBridge("unmask", steps=2)),
+            cv.CycleLatent(bridge=cv.TextBridge("best", steps=2)),
         ],
     ),
     "a term of one's own": of(*BESIDE, RHYME),

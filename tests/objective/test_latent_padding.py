@@ -57,6 +57,9 @@ READS_PAIRS = {
     "unmask_text": lambda d, z, m, generator, **p: cv.unmask_text(
         d, z, MASK, text_process=TEXT, steps=2, latent_mask=m
     ),
+    "best_text": lambda d, z, m, **p: cv.best_text(
+        d, z, MASK, samples=3, steps=2, noise=z, bridge=BRIDGE, latent_mask=m, **p
+    ).scores,
     "l2t_loss": lambda d, z, m, generator, **p: cv.l2t_loss(
         d, TOKENS, z, MASK, text_process=TEXT, text_time=0.5, generator=generator, latent_mask=m
     ),

@@ -297,6 +297,7 @@ def test_a_joined_pass_computes_the_same(monkeypatch, terms, passes, lengths):
     ("bridge", "passes"),
     [
         (cv.TextBridge("unmask", steps=3), 3 + 1),
+        (cv.TextBridge("best", samples=4, steps=3), 1 + 4 * 2 + 4 + 1),
         (cv.TextBridge("categorical", temperature=0.5), 2),
         (lambda logits, mask, **_: logits.argmax(dim=-1), 2),
     ],

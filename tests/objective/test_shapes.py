@@ -71,6 +71,7 @@ PUBLIC = {
     "unmask_text": lambda z, d, text_process, **_: cv.unmask_text(
         d, z, MASK, text_process=text_process, steps=2
     ),
+    "best_text": lambda z, d, **p: cv.best_text(d, z, MASK, samples=3, steps=2, **p).scores,
     "t2l_loss": lambda z, d, **p: cv.t2l_loss(
         d, TOKENS, z, MASK, time=None, space="x0", min_snr=5.0, **p
     ),

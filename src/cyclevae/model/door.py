@@ -104,6 +104,8 @@ _TENSORS = (
     "has_latent",
     "duplicates",
     "weight",
+    "candidates",
+    "log_prior",
 )
 _KINDS: dict[str, Callable[[str, object], None]] = {
     **dict.fromkeys(_TENSORS, checks.check_tensor),

@@ -4,6 +4,7 @@ from cyclevae.objective.term import Term
 from cyclevae.objective.terms.contrastive import Contrastive as Contrastive
 from cyclevae.objective.terms.cycle_latent import CycleLatent as CycleLatent
 from cyclevae.objective.terms.cycle_text import CycleText as CycleText
+from cyclevae.objective.terms.distill import Distill as Distill
 from cyclevae.objective.terms.latent import Latent as Latent
 from cyclevae.objective.terms.prior import Prior as Prior
 from cyclevae.objective.terms.sleep import Sleep as Sleep
@@ -21,6 +22,7 @@ SHIPPED: tuple[type[Term], ...] = (
     Sleep,
     Contrastive,
     TextMarginal,
+    Distill,
 )
 
 
