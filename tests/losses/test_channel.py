@@ -166,10 +166,15 @@ def test_the_encoder_runs_where_its_prediction_is_read(options, asked):
 
 
 def test_a_candidate_left_out_weighs_nothing_even_among_the_nearest():
-    prior = torch.tensor([-math.inf, 0.0, -math.inf])
-    for top in (None, 2):
-        found = cv.channel_latents(DENOISER, TOKENS, MASK, Z, **TOY, top=top, log_prior=prior)
-        torch.testing.assert_close(found, Z[1].expand(3, -1))
+    """Also where fewer are left than are asked for."""
+    candidates = torch.cat([Z, Z + 1, Z - 1])
+    prior = torch.full((9,), -math.inf).index_fill(0, torch.tensor([0, 5]), 0.0)
+    wanted = cv.channel_latents(DENOISER, TOKENS, MASK, candidates[[0, 5]], **TOY)
+    for top in (None, 2, 4, 8):
+        found = cv.channel_latents(
+            DENOISER, TOKENS, MASK, candidates, **TOY, top=top, log_prior=prior
+        )
+        torch.testing.assert_close(found, wanted)
 
 
 NAN = Z.masked_fill(torch.tensor([[False], [True], [False]]), math.nan)

@@ -55,6 +55,8 @@ EVERYTHING = of(
     cv.Sleep(weight=0.2, pairs=True, maker=cv.Maker(guidance=1.5)),
     cv.Contrastive(temperature=0.2, critic="euclidean", bridge=BRIDGE, time=MOVING, through="full"),
     cv.TextMarginal(bridge="soft", freeze=("word.*",), pairs=True),
+    cv.Distill(top=4, likelihood=0.3, variance=2.0, time=TIMES, maker=cv.Maker("teacher")),
+    cv.CycleLatent(name="cycle_latent_3", bridge=cv.TextBridge("best", samples=4, steps=2)),
     cv.Latent(name="latent_2", time=TIMES, weighting=cv.LogitNormal(mean=0.5, std=2.0)),
     cv.Text(name="text_2", weighting="bound"),
     non_finite="skip",

@@ -94,6 +94,14 @@ OPTIONS = {
         "standardize": [None] * 5 + [True],
     },
     cv.Sleep: {"pairs": YES, "maker": MAKERS},
+    cv.Distill: {
+        "top": [1, 2, 8],
+        "likelihood": [0.3, 1.0],
+        "variance": [None, 1.0],
+        "time": TIMES,
+        "maker": MAKERS[:3],
+        "pairs": YES,
+    },
     cv.Contrastive: {
         "temperature": [0.1, 1.0],
         "critic": ["cosine", "euclidean"],

@@ -44,6 +44,8 @@ def text_cycle(*policy, bridge=ONE_SHOT):
         (cv.Prior("mmd", bridge=THREE), "encoder", "decoder"),
         (cv.Prior("mmd", bridge=THREE, through="full"), "encoder", "decoder"),
         (cv.Sleep(), "encoder", "decoder"),
+        (cv.Distill(), "encoder", "decoder"),
+        (cv.CycleLatent(bridge="best"), "encoder", "decoder"),
         (cv.Contrastive(), "encoder", "decoder"),
         (cv.TextMarginal(bridge="soft"), "decoder", "encoder"),
         (cv.Text(time=1.0), "decoder", "encoder"),

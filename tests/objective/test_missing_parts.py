@@ -32,6 +32,7 @@ OBJECTIVES = {
     "cosines": of(cv.Latent(distance="cosine"), replace(LATENT_CYCLE, distance="cosine")),
     "below full noise": of(cv.Text(time=0.5), LATENT_CYCLE, cv.Latent(time=0.5)),
     "dreams": of(cv.Sleep(pairs=True)),
+    "channel labels": of(cv.Distill(pairs=True)),
     "relaxed texts": of(
         replace(LATENT_CYCLE, bridge="soft", policy=FULL),
         cv.TextMarginal(bridge="soft", pairs=True),

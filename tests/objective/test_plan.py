@@ -58,7 +58,7 @@ OPTIONS = {
     cv.CycleLatent: [
         {"pairs": [False, True], "time": [1.0, UNIFORM], "show_latent": [False, True], **bridges}
         for bridges in (
-            {"bridge": ["argmax", cv.TextBridge("unmask", steps=3)], "policy": ["stop_gradient"]}
+            {"bridge": ["argmax", cv.TextBridge("best", steps=3)], "policy": ["stop_gradient"]}
             | {"maker": MAKERS},
             RELAXED,
             {"bridge": [cv.TextBridge("rloo", marginal_weight=0.1)], "policy": ["alternating"]},
@@ -73,6 +73,7 @@ OPTIONS = {
         }
     ],
     cv.Sleep: [{"pairs": [False, True], "maker": MAKERS}],
+    cv.Distill: [{"pairs": [False, True], "top": [1, 5], "time": [1.0, UNIFORM]}],
     cv.Contrastive: [{"bridge": [ONE_SHOT, TWO], "through": ["last", "full"]}],
     cv.TextMarginal: [
         {"bridge": ["gumbel", "soft"], "freeze": [(), ("shared.*",)], "pairs": [False, True]}

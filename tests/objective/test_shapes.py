@@ -145,7 +145,7 @@ def terms():
     everything = [
         cv.Text(), cv.Latent(), cv.Unconditional(), cv.CycleText(bridge=BRIDGE, pairs=True),
         cv.CycleLatent(bridge="gumbel", policy="full"), cv.TextMarginal(), cv.Sleep(),
-        cv.Contrastive(), cv.Prior("mmd"), cv.Prior("learned", name="learned"),
+        cv.Contrastive(), cv.Prior("mmd"), cv.Prior("learned", name="learned"), cv.Distill(),
     ]  # fmt: skip
     return [*everything, cv.Prior("moment", name="moment"), cv.Prior("sigreg", name="sigreg")]
 

@@ -437,6 +437,7 @@ def test_every_term_at_once_learns_and_is_reported():
         cv.Sleep(weight=0.5),
         cv.Contrastive(weight=0.5, **bridge),
         cv.TextMarginal(weight=0.5),
+        cv.Distill(weight=0.5),
     )
     assert {type(term) for term in objective.terms} == set(cv.objective.terms.SHIPPED)
     output = run(objective, denoiser, teacher=teacher_of(denoiser))

@@ -157,12 +157,11 @@ class Posterior(NamedTuple):
 def nearest(
     z_hat: Latents, candidates: Float[Tensor, "m *n d"], log_prior: Float[Tensor, " m"], top: int
 ) -> Integer[Tensor, "b top"]:
-    """The places of the candidates that are nearest and not left out, on their device."""
+    """The places of the candidates that are nearest, on their device; those left out come last."""
     z = fp32(z_hat).flatten(1)
     centre = z.mean(dim=0)  # as products of large numbers lose what distances are made of
     z = z - centre
-    best = z.new_full((len(z), top), torch.inf)
-    places = torch.zeros(len(z), top, dtype=torch.long, device=z.device)
+    best, places = z.new_empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long, device=z.device)
     size, start = max(1, _NUMBERS // max(len(z), z.shape[1], 1)), 0
     for part, prior in zip(
         torch.split(candidates, size), torch.split(log_prior, size), strict=True
@@ -171,7 +170,8 @@ def nearest(
         distance = x.square().sum(dim=1) - 2 * z @ x.T
         distance = distance.masked_fill(prior.to(z.device).isneginf(), torch.inf)
         here = torch.arange(start, start + len(x), device=z.device).expand(len(z), -1)
-        best, order = torch.cat([best, distance], dim=1).topk(top, dim=1, largest=False)
+        found = torch.cat([best, distance], dim=1)
+        best, order = found.topk(min(top, found.shape[1]), dim=1, largest=False)
         places = torch.cat([places, here], dim=1).gather(1, order)
         start += len(x)
     return places.to(candidates.device)
