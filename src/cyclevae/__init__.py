@@ -82,6 +82,7 @@ from cyclevae.scale.non_finite import skip_update
 from cyclevae.scale.pool import pool_counts, pool_rows
 from cyclevae.use.best import best_text
 from cyclevae.use.doors import decode, encode
+from cyclevae.use.files import Trained, load, save
 
 __version__ = "0.2.0.dev0"
 
@@ -126,6 +127,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "TextMarginal",
     "TextProcess",
     "TimePolicy",
+    "Trained",
     "Unconditional",
     "UnconditionalLoss",
     "UniformTextProcess",
@@ -161,6 +163,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "l2t_loss",
     "latent_loss",
     "learned_prior",
+    "load",
     "min_snr_weight",
     "mmd_prior",
     "moment_prior",
@@ -171,6 +174,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "ramp",
     "rloo_surrogate",
     "same_text",
+    "save",
     "sigreg_prior",
     "skip_update",
     "soft_text",
