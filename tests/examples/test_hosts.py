@@ -124,6 +124,24 @@ def test_a_step_teaches_all_of_the_model(host):
     assert len(list(step.parameters())) == len(list(model.parameters()))
 
 
+@both
+def test_what_was_trained_reads_and_writes(host, tmp_path):
+    step, (tokens, mask, z) = step_of(host), batch_of(host)[:3]
+    text, latent = step.objective.text_process, step.objective.latent_process
+    processes = {"text_process": text, "latent_process": latent}
+    z_hat = cv.encode(step.denoiser, tokens, mask, noise=torch.randn_like(z), **processes)
+    assert z_hat.shape == z.shape and z_hat.isfinite().all()
+    written = cv.decode(step.denoiser, z, mask, text_process=text)
+    best = cv.best_text(step.denoiser, z, mask, samples=2, **processes)
+    assert not ((written == MASK) | (best.tokens == MASK)).any()
+    if host is MMDIT:
+        with pytest.raises(ValueError, match=r"`latent_process\.schedule` is <function vp_linear"):
+            cv.save(tmp_path / "model.pt", step.denoiser, step.objective)
+    else:
+        cv.save(tmp_path / "model.pt", step.denoiser, step.objective)
+        assert cv.load(tmp_path / "model.pt", step.denoiser.module).objective == step.objective
+
+
 def test_ccdd_with_padding_reads_none():
     torch.manual_seed(0)
     step, batch = ccdd.step_module(MMDIT(), mask_id=MASK, padded=True), batch_of(MMDIT)
