@@ -119,7 +119,12 @@ def test_only_the_nearest_are_weighed():
     for i in range(3):
         near = (candidates - z_hat[i]).square().sum(dim=1).argsort()[:4]
         alone = cv.channel_latents(
-            DENOISER, TOKENS[i : i + 1], MASK[i : i + 1], candidates[near], top=None, **options
+            DENOISER,
+            TOKENS[i : i + 1],
+            MASK[i : i + 1],
+            candidates[near],
+            top=None,
+            **{**options, "noise": noise[i : i + 1]},
         )
         torch.testing.assert_close(found[i : i + 1], alone)
 
@@ -189,6 +194,7 @@ NAN = Z.masked_fill(torch.tensor([[False], [True], [False]]), math.nan)
         ({"candidates": Z[:, :3]}, "`candidates` must be latents of shape [b, 4]"),
         ({"z_hat": NAN}, "`z_hat` must be finite"),
         ({"z_hat": Z[:2]}, "`z_hat` and `tokens` must have the same number of rows, got 2 and 3"),
+        ({"noise": Z[:2]}, "`noise` and `tokens` must have the same number of rows, got 2 and 3"),
         ({"top": 0}, "`top` must be an integer of at least 1, got 0"),
         ({"at_once": 0}, "`at_once` must be an integer of at least 1, got 0"),
         ({"likelihood": 0.0}, "`likelihood` must be above 0, got 0"),

@@ -107,11 +107,12 @@ def channel_latents(
     prior = _as_prior(log_prior, candidates)
     few = top is None or len(candidates) <= top
     model = evaluated(denoiser)
+    for name, given in (("z_hat", z_hat), ("noise", noise)):
+        if given is not None:
+            checks.check_latents(name, given, candidates.shape[1:])
+            checks.check_rows(name, given, "tokens", tokens)
     with detach():
-        if z_hat is not None:
-            checks.check_latents("z_hat", z_hat, candidates.shape[1:])
-            checks.check_rows("z_hat", z_hat, "tokens", tokens)
-        elif not few or variance is not None:
+        if z_hat is None and (not few or variance is not None):
             if noise is None:
                 noise = draw_noise(
                     len(tokens), latent_process, at=tokens, like=candidates, generator=generator
