@@ -24,7 +24,6 @@ MADE = (
     cv.CycleText(maker=cv.Maker("teacher", guidance=2.0), bridge=cv.LatentBridge(steps=2)),
     cv.CycleLatent(maker=cv.Maker("evaluated"), bridge=cv.TextBridge("unmask", steps=2)),
     cv.Sleep(maker=cv.Maker(guidance=1.5)),
-    cv.Distill(top=2, variance=1.0, maker=cv.Maker("evaluated")),
 )
 
 

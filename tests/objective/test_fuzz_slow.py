@@ -285,7 +285,12 @@ def check(objective, network, output, number, calls):
 
 
 def reported(term: Term):
-    return {f"{term.name}_accuracy", f"{term.name}_reward", f"{term.name}_kl"}
+    return {
+        f"{term.name}_accuracy",
+        f"{term.name}_reward",
+        f"{term.name}_kl",
+        f"{term.name}_candidates",
+    }
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

@@ -26,6 +26,7 @@ OBJECTIVES = {name: recipe(options) for name, options in RECIPES.items()} | {
     ),
     "a term of one's own": of(*BESIDE, RHYME),
     "made by others": of(*MADE),
+    "channel labels": of(cv.Latent(), cv.Distill(top=5, variance=1.0)),
 }
 
 
