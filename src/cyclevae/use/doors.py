@@ -2,6 +2,7 @@
 
 import torch
 
+from cyclevae._base.checks import as_mask
 from cyclevae._base.types import LatentMaskLike, Latents, MaskLike, Number, Time, Tokens
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.bridges.unmasking import unmask_text
@@ -117,14 +118,15 @@ def decode(
         >>> bool((tokens[mask] != text_process.mask_id).all())
         True
     """
+    mask = as_mask("attention_mask", attention_mask)
     written = unmask_text(
         evaluated(denoiser),
         latents,
-        attention_mask,
+        mask,
         text_process=text_process,
         steps=steps,
         temperature=temperature,
         generator=generator,
         latent_mask=latent_mask,
     )
-    return text_process.cut(written, attention_mask > 0)[0]
+    return text_process.cut(written, mask)[0]
