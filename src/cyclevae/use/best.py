@@ -76,8 +76,9 @@ def best_text(
         time: at which the encoder starts.
         noise: standard normal noise that it starts from, in the shape of the latents; drawn with
             `generator` if not given.
-        at_once: how many samples of each latent go through the model together; all if None, and 1
-            takes no more memory than a single text. The texts are the same.
+        at_once: how many samples of each latent go through the model together; all if None. With 1
+            every pass is as large as that of a single text, and the logits of the first are kept
+            beside. The texts are the same.
         generator: random state of all draws.
         latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`.
 
