@@ -1,6 +1,6 @@
 """The cross-entropy of tokens, without a copy of the logits in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b 
 
 
 class _TokenNLL(torch.autograd.Function):
-    """`-log_softmax(x)[y]` per row, in chunks of rows whose fp32 copies are small.
+    """`-log_softmax(x)[y]` per row, in chunks of rows whose fp32 copies are small, one after the other in
+    the same memory.
 
     The gradient `softmax(x) - onehot(y)` comes from the logits again. A row that does not count has
     none, be it NaN. On a CPU, where their number may be read, only the rows that count are kept.
@@ -52,12 +53,13 @@ class _TokenNLL(torch.autograd.Function):
         rows: Tensor | None,
         counts: Tensor | None,
     ) -> Tensor:
+        space = _space(kept)
         nll = torch.cat(
             [
-                -fp32(part).log_softmax(dim=1).gather(1, label[:, None]).squeeze(1)
+                -_into(space[: len(part)], torch.log_softmax, part).gather(1, label[:, None])
                 for part, label in _chunks(kept, labels)
             ]
-        )
+        ).squeeze(1)
         ctx.save_for_backward(kept, labels, mask, rows, counts)
         if rows is not None:
             return nll.new_zeros(len(mask)).index_copy_(0, rows, nll)
@@ -72,16 +74,18 @@ class _TokenNLL(torch.autograd.Function):
         if rows is not None:
             result.index_fill_(0, (~mask).nonzero().squeeze(1), 0.0)
             places, gradient, mask = rows, gradient[rows], mask[rows]
+        space = _space(x)
+        direct = rows is None and result.dtype == space.dtype
         for place, logits, label, g, counted in _chunks(places, x, y, gradient, mask):
-            p = fp32(logits).softmax(dim=1)
+            p = _into(place if direct else space[: len(logits)], torch.softmax, logits)
             p.scatter_add_(1, label[:, None], p.new_full((len(p), 1), -1.0))
             p.mul_(g[:, None])
             if counts is not None:  # a row that does not count may be NaN
                 p.masked_fill_(~counted[:, None], 0.0)
-            if rows is None:
-                place.copy_(p)
-            else:
+            if rows is not None:
                 result.index_copy_(0, place, p.to(result.dtype))
+            elif not direct:
+                place.copy_(p)
         return result, *(None,) * 5
 
 
@@ -99,6 +103,17 @@ def _followed(
         return (off * gradient[:, None]).to(x.dtype)
     found = (off * gradient[rows, None]).to(x.dtype)
     return found.new_zeros(len(gradient), x.shape[1]).index_copy(0, rows, found)
+
+
+def _space(x: Tensor) -> Tensor:
+    """Memory for a chunk in fp32 or better, which all chunks use: new memory is slow on a CPU."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(min(chunk_of(x), len(x)), x.shape[1], dtype=dtype)
+
+
+def _into(space: Tensor, softmax: Callable[..., Tensor], logits: Tensor) -> Tensor:
+    """The softmax of some rows, or its logarithm, and no other copy of them."""
+    return softmax(logits if logits.dtype == space.dtype else space.copy_(logits), 1, out=space)
 
 
 def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:

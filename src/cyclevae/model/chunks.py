@@ -4,6 +4,7 @@ from torch import Tensor
 
 
 def chunk_of(rows: Tensor) -> int:
-    """Rows of `[n, v]` at a time: a sixteenth of all, or a MB of them."""
+    """Rows of `[n, v]` at a time: a MB of them, or, where launches cost, a sixteenth of all."""
     n, width = rows.shape
-    return max(1, -(-n // 16), 2**18 // max(width, 1))
+    launched = 1 if rows.device.type == "cpu" else -(-n // 16)
+    return max(1, launched, 2**18 // max(width, 1))
