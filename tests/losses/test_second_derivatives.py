@@ -11,6 +11,7 @@ import torch
 from torch.autograd import gradgradcheck
 
 import cyclevae as cv
+from cyclevae.losses import cross_entropy
 from cyclevae.model.denoiser import Denoised
 
 V, D = 6, 3
@@ -210,6 +211,12 @@ def test_second_derivatives(name):
     assert gradgradcheck(loss, (at.clone().requires_grad_(),), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", [name for name in RIGHT if name.startswith("text_loss")])
+def test_second_derivatives_of_chunks(monkeypatch, name):
+    monkeypatch.setattr(cross_entropy, "chunk_of", lambda logits: 2)
+    test_second_derivatives(name)
+
+
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.slow
 def test_transforms(name):
@@ -272,8 +279,9 @@ def test_every_public_loss_is_in_the_table():
     assert {n for n in losses if n + "(" not in source and f"cv.{n}" not in source} == set()
 
 
-def test_few_words_that_do_not_count_are_computed_along_and_may_be_nan():
+def test_few_words_that_do_not_count_are_computed_along_and_may_be_nan(monkeypatch):
     """One of twelve, beside `F.cross_entropy` of the others."""
+    monkeypatch.setattr(cross_entropy, "chunk_of", lambda logits: 5)
     logits, v = randn(1, 12, V, seed=9), randn(1, 12, V, seed=10)
     tokens, mask = torch.arange(12)[None] % V, torch.arange(12)[None] != 3
     logits[0, 3] = torch.nan

@@ -137,7 +137,7 @@ def as_tokens(name: str, tokens: Tensor, vocab_size: int) -> Tensor:
         )
     tokens = tokens.long()
     if reads_values(tokens) and tokens.numel():
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = map(int, tokens.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"`{name}` must hold ids in [0, {vocab_size}), got ids from {low} to {high}; "

@@ -27,11 +27,13 @@ def reduce_text(
     check_choice("reduction", reduction, get_args(Reduction))
     if rows is not None:
         attention_mask = attention_mask & rows[:, None]
-    kept = torch.where(attention_mask, per_token, per_token.new_zeros(()))
+    kept = torch.where(attention_mask, per_token, 0.0)
     if reduction == "none":
         return kept
     if reduction == "mean":
-        return kept.sum() / _at_least_one(attention_mask.sum() if count is None else count)
+        return kept.sum() / (
+            attention_mask.sum().clamp(min=1) if count is None else _at_least_one(count)
+        )
     return kept.sum() / _divisor(reduction, len(kept) if rows is None else rows.sum(), count)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,17 +15,23 @@ from cyclevae._base.types import Logits, Tokens
 from cyclevae.model.chunks import chunk_of
 
 
+_IGNORED = -100
+
+
 def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b s"]:
     """Cross-entropy of each token where the mask is True, 0 elsewhere.
 
     Keeps the logits as they came, and no copy of them in fp32: see `_TokenNLL`. The error is some
     1e-7 of the larger of 1 and the value, so that a token of a probability above 1 - 1e-7 reads 0.
     """
-    labels = tokens.long().masked_fill(~mask, 0)
-    if torch.compiler.is_compiling() or transformed(logits):  # which fuse, or follow, plain code
-        nll = -fp32(logits).masked_fill(~mask[..., None], 0.0).log_softmax(dim=-1)
-        return nll.gather(-1, labels[..., None]).squeeze(-1).masked_fill(~mask, 0.0)
-    x, y, counts = logits.flatten(0, 1), labels.flatten(), mask.flatten()
+    x, uncounted = logits.flatten(0, 1), ~mask
+    labels = tokens.long().masked_fill(uncounted, _IGNORED)
+    # the compiler fuses plain code, transforms follow no other, and one chunk saves nothing
+    if torch.compiler.is_compiling() or transformed(logits) or len(x) <= chunk_of(x):
+        x = fp32(x).masked_fill(uncounted.view(-1, 1), 0.0)  # also where they are NaN
+        plain = F.cross_entropy(x, labels.flatten(), ignore_index=_IGNORED, reduction="none")
+        return plain.view_as(labels)
+    y, counts = labels.flatten().clamp(min=0), mask.flatten()
     rows, counts_of_rows = _counted(counts)
     kept = x
     if rows is not None:
