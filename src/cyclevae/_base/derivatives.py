@@ -17,8 +17,8 @@ def transformed(tensor: Tensor) -> bool:
     return dual.tangent is not None
 
 
-def once(surrogate: Tensor, name: str) -> Tensor:
-    """The same, differentiable once, by a backward pass.
+def once(surrogate: Tensor, name: str, *, value: Tensor | None = None) -> Tensor:
+    """The same, or a `value` in place of its own, differentiable once, by a backward pass.
 
     A surrogate has the gradient of something else than its value, such as of an expectation. What
     autograd would make of a second derivative is not that thing's second derivative, so that it is
@@ -26,8 +26,11 @@ def once(surrogate: Tensor, name: str) -> Tensor:
     returns a value that lacks these terms.
     """
     if torch.compiler.is_compiling():  # a compiled backward is differentiable once, torch says so
-        return surrogate
-    followed: Tensor = _Once.apply(surrogate, name)  # type: ignore[no-untyped-call]
+        if value is None:
+            return surrogate
+        return value + (surrogate - surrogate.detach())  # in this order exact to the last bit
+    value = surrogate if value is None else value
+    followed: Tensor = _Once.apply(surrogate, value.detach(), name)  # type: ignore[no-untyped-call]
     return followed
 
 
@@ -40,26 +43,26 @@ def _refuse(name: str) -> NoReturn:
 
 
 class _Once(torch.autograd.Function):
-    """Identity; its gradient depends, as autograd sees it, on the input."""
+    """A value with the gradient of a surrogate, on which it depends, as autograd sees it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, name: str) -> Tensor:
+    def forward(surrogate: Tensor, value: Tensor, name: str) -> Tensor:
         return value.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        value, ctx.surrogate = inputs
-        ctx.save_for_backward(value)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+        surrogate, _, ctx.surrogate = inputs
+        ctx.save_for_backward(surrogate)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if not torch.is_grad_enabled():
-            return gradient, None
-        (value,) = ctx.saved_tensors
-        refusing: Tensor = _Refused.apply(gradient, value, ctx.surrogate)  # type: ignore[no-untyped-call]
-        return refusing, None
+            return gradient, None, None
+        (surrogate,) = ctx.saved_tensors
+        refusing: Tensor = _Refused.apply(gradient, surrogate, ctx.surrogate)  # type: ignore[no-untyped-call]
+        return refusing, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

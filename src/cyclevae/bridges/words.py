@@ -122,7 +122,8 @@ def straight_through_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    soft = word_logits(logits, attention_mask, text_process, temperature).softmax(dim=-1)
+    chosen = text_process.chosen(attention_mask)
+    soft = word_logits(logits, chosen, text_process, temperature).softmax(dim=-1)
     words = (
         categorical_text(
             logits,
@@ -134,7 +135,7 @@ def straight_through_text(
         if sample
         else argmax_text(logits, attention_mask, text_process=text_process)
     )
-    return text_process.frame(_one_hot(words, soft), attention_mask)
+    return _one_hot(words, soft)
 
 
 @at_the_door
@@ -178,11 +179,11 @@ def gumbel_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    words = word_logits(logits, attention_mask, text_process)
-    noisy = words + _gumbel(words, generator)
-    soft = (noisy / temperature).softmax(dim=-1)
+    words = word_logits(logits, text_process.chosen(attention_mask), text_process)
+    noisy = words - _log_race(words, generator)
+    soft = _tempered(noisy, temperature).softmax(dim=-1)
     words = noisy.detach().max(dim=-1).indices  # as in argmax_text
-    return text_process.frame(_one_hot(words, soft), attention_mask)
+    return _one_hot(text_process.frame(words, attention_mask), soft)
 
 
 @at_the_door
@@ -224,12 +225,17 @@ def check_logits(logits: Logits, attention_mask: MaskLike, text_process: TextPro
 
 
 def word_logits(
-    logits: Logits, attention_mask: Mask, text_process: TextProcess, temperature: Number = 1.0
+    logits: Logits, chosen: Mask, text_process: TextProcess, temperature: Number = 1.0
 ) -> Logits:
     """The logits a word is drawn from, fp32 or better: forbidden ids are at minus infinity."""
+    logits = _tempered(fp32(logits), temperature)
+    fixed = text_process.forbid(logits.new_zeros(logits.shape[-1]))
     # What is discarded has the gradient 0 * softmax, which is NaN where its logits are
-    kept = fp32(logits).masked_fill(~attention_mask[..., None], 0.0)
-    return text_process.forbid(kept / temperature)
+    return torch.where(chosen[..., None] & (fixed == 0), logits, fixed)
+
+
+def _tempered(logits: Logits, temperature: Number) -> Logits:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _by_chunks(choose: Callable[..., Tensor], *rows: Tensor) -> Integer[Tensor, " n"]:
@@ -264,15 +270,14 @@ def _inverse_cdf(mass: Float[Tensor, "n k"], uniform: Float[Tensor, " n"]) -> In
     return index.squeeze(1)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Gumbel noise: the argmax of `logits + noise` is a draw from their softmax."""
+def _log_race(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Minus Gumbel noise: the argmax of `logits - noise` is a draw from their softmax."""
     race = torch.empty_like(like).exponential_(**seeded(generator))
     # An infinite noise would make a NaN of a forbidden id's minus infinity, and that one win
-    return -race.clamp_(min=torch.finfo(race.dtype).tiny).log_()
+    return race.clamp_(min=torch.finfo(race.dtype).tiny).log_()
 
 
 def _one_hot(words: Tokens, soft: RelaxedTokens) -> RelaxedTokens:
     """One-hot words with the gradient of `soft`."""
     one_hot = torch.zeros_like(soft).scatter_(-1, words[..., None], 1.0)
-    soft = once(soft, "a straight-through text")
-    return one_hot + (soft - soft.detach())  # in this order the value is one-hot to the last bit
+    return once(soft, "a straight-through text", value=one_hot)
