@@ -18,6 +18,7 @@ try:
     import torch
     from calls import bridges, small
     from losses import mmd, text
+    from recipe import growth, recipe
     from results import Row, line, machine, plot, save, table
     from setting import Setting
     from steps import compiled, joined, step, variants
@@ -25,7 +26,10 @@ try:
 except ImportError as error:
     sys.exit(f'error: the bench misses a package ({error}): run "make bench", which installs it')
 
-BENCHMARKS = {f.__name__: f for f in (step, variants, text, mmd, bridges, small, joined, compiled)}
+BENCHMARKS = {
+    f.__name__: f
+    for f in (step, recipe, growth, variants, text, mmd, bridges, small, joined, compiled)
+}
 CPU_ONLY, ON_REQUEST = {"small"}, {"compiled"}
 
 

@@ -14,7 +14,6 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Tokens
 from cyclevae.model.chunks import chunk_of
 
-
 _IGNORED = -100
 
 
@@ -41,8 +40,7 @@ def token_nll(logits: Logits, tokens: Tokens, mask: Tensor) -> Float[Tensor, "b 
 
 
 class _TokenNLL(torch.autograd.Function):
-    """`-log_softmax(x)[y]` per row, in chunks of rows whose fp32 copies are small, one after the other in
-    the same memory.
+    """`-log_softmax(x)[y]` per row, in chunks of rows whose fp32 copies are small, in one memory.
 
     The gradient `softmax(x) - onehot(y)` comes from the logits again. A row that does not count has
     none, be it NaN. On a CPU, where their number may be read, only the rows that count are kept.
