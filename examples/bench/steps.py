@@ -23,6 +23,11 @@ import cyclevae as cv
 MASK_ID = 1
 
 
+def read(logits: Any) -> Tensor:
+    """The logits as a tensor, also where a head leaves them unread."""
+    return getattr(logits, "read", lambda: logits)()
+
+
 def _as_it_is(denoiser: cv.Denoiser) -> cv.Denoiser:
     return denoiser
 
@@ -136,12 +141,13 @@ class Case:
         decode = {"text_time": ones, "latent_time": zeros, "need": "logits"}
         encode = {"text_time": zeros, "latent_time": ones, "need": "latents"}
         run = partial(self.network, attention_mask=self.mask)
-        return [
+        first, *encoded, last = (
             run(masked, self.latents, **decode).logits,
             run(self.tokens, self.latents, **encode).latent_prediction,
             run(self.tokens, self.latents, **encode).latent_prediction,
             run(masked, self.latents, **decode).logits,
-        ]
+        )
+        return [read(first), *encoded, read(last)]
 
     def bare(self) -> Call:
         """These passes, and their backward from gradients that are there already."""
@@ -166,7 +172,8 @@ class Case:
             attention_mask=self.mask,
         )
         targets = self.tokens.masked_fill(~self.mask, -100)
-        F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten()).backward()
+        logits = read(output.logits).float()
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
 
 
 def step(setting: Setting) -> Found:
