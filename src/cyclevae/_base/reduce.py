@@ -30,11 +30,24 @@ def reduce_text(
     kept = torch.where(attention_mask, per_token, 0.0)
     if reduction == "none":
         return kept
+    return divided(kept.sum(), attention_mask, reduction=reduction, rows=rows, count=count)
+
+
+def divided(
+    total: Float[Tensor, ""],
+    attention_mask: Mask,
+    *,
+    reduction: Reduction,
+    rows: Rows | None = None,
+    count: Count | None = None,
+) -> Float[Tensor, ""]:
+    """A sum over kept tokens, reduced as `reduce_text` says."""
     if reduction == "mean":
-        return kept.sum() / (
+        return total / (
             attention_mask.sum().clamp(min=1) if count is None else _at_least_one(count)
         )
-    return kept.sum() / _divisor(reduction, len(kept) if rows is None else rows.sum(), count)
+    number = len(attention_mask) if rows is None else rows.sum()
+    return total / _divisor(reduction, number, count)
 
 
 def reduce_latents(

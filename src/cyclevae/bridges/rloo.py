@@ -7,9 +7,10 @@ from torch import Tensor
 from cyclevae._base import checks
 from cyclevae._base.derivatives import once
 from cyclevae._base.precision import fp32
-from cyclevae._base.types import Logits, MaskLike, Number
-from cyclevae.bridges.words import check_logits, word_logits
+from cyclevae._base.types import MaskLike, Number
+from cyclevae.bridges.words import check_logits, word_log_probs
 from cyclevae.model.door import at_the_door
+from cyclevae.model.unread import AnyLogits
 from cyclevae.processes.text import TextProcess
 
 
@@ -63,7 +64,7 @@ def rloo_surrogate(
 
 @at_the_door
 def text_log_prob(
-    logits: Logits,
+    logits: AnyLogits,
     tokens: Integer[Tensor, "*k b s"],
     attention_mask: MaskLike,
     *,
@@ -101,8 +102,8 @@ def text_log_prob(
     for text in texts:
         checks.as_tokens("tokens", text, text_process.vocab_size)
         checks.as_mask("attention_mask", mask, text.shape)
-    log_p = word_logits(logits, mask, text_process, temperature).log_softmax(dim=-1)
-    drawn = log_p.gather(-1, texts.long().movedim(0, -1)).movedim(-1, 0)
+    words = texts.long().movedim(0, -1)
+    drawn = word_log_probs(logits, words, mask, text_process, temperature).movedim(-1, 0)
     kept = [text_process.chosen(mask) & text_process.cut(text, mask)[1] for text in texts]
     total = torch.where(torch.stack(kept), drawn, 0.0).sum(dim=-1)
     return total if tokens.ndim == 3 else total[0]

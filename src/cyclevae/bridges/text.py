@@ -18,7 +18,7 @@ from cyclevae._base.checks import (
     check_positive,
 )
 from cyclevae._base.draws import seeded
-from cyclevae._base.types import AnyTokens, Logits, MaskLike, Number
+from cyclevae._base.types import AnyTokens, MaskLike, Number
 from cyclevae.bridges.words import (
     argmax_text,
     categorical_text,
@@ -29,6 +29,7 @@ from cyclevae.bridges.words import (
 )
 from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.model.door import at_the_door
+from cyclevae.model.unread import AnyLogits, read_logits
 from cyclevae.processes.text import TextProcess
 
 Bridge = Literal[
@@ -214,7 +215,7 @@ AnyTextBridge = TextBridge | Bridge | TextFunction
 
 @at_the_door
 def pseudo_text(
-    logits: Logits,
+    logits: AnyLogits,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -224,7 +225,7 @@ def pseudo_text(
     """The pseudo-text of a bridge that needs nothing but the logits of one pass.
 
     Args:
-        logits: `[b, s, v]`.
+        logits: `[b, s, v]`; unread ones are read for a function, and for relaxed texts.
         attention_mask: `[b, s]`, True = keep.
         text_process: the text process.
         bridge: a `TextBridge`, a name or a function; any but `unmask`, `best` and `rloo`.
@@ -247,7 +248,8 @@ def pseudo_text(
     mask = check_logits(logits, attention_mask, text_process)
     temperature = bridge.temperature
     if callable(bridge.name):
-        text = bridge.name(logits, mask, text_process=text_process, generator=generator)
+        plain = read_logits(logits)
+        text = bridge.name(plain, mask, text_process=text_process, generator=generator)
         text = as_any_tokens(f"{bridge}(...)", text, text_process.vocab_size)
         if text.shape[:2] != mask.shape:
             raise ValueError(

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cyclevae._base.checks import as_mask, check_positive
-from cyclevae._base.types import LatentMaskLike, Latents, Logits, Mask, MaskLike, Number, Tokens
-from cyclevae.bridges.words import argmax_text, categorical_text, word_logits
+from cyclevae._base.types import LatentMaskLike, Latents, Mask, MaskLike, Number, Tokens
+from cyclevae.bridges.words import argmax_text, categorical_text, word_log_probs
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import AnyLogits
 from cyclevae.processes.text import TextProcess
 
 
@@ -25,7 +26,7 @@ def unmask_text(
     *,
     text_process: TextProcess,
     steps: int,
-    logits: Logits | None = None,
+    logits: AnyLogits | None = None,
     temperature: Number | None = None,
     generator: torch.Generator | None = None,
     latent_mask: LatentMaskLike | None = None,
@@ -92,7 +93,7 @@ def write_words(
     *,
     text_process: TextProcess,
     steps: int,
-    logits: Logits | None,
+    logits: AnyLogits | None,
     temperature: Number | None,
     generators: Sequence[torch.Generator | None],
     latent_mask: LatentMaskLike | None,
@@ -102,9 +103,12 @@ def write_words(
     Each part is what it would be alone.
     """
 
-    def by_part(draw: Callable[..., Tokens], *rows: Tensor) -> Tokens:
-        parts = zip(*(part.tensor_split(len(generators)) for part in rows), generators, strict=True)
-        return torch.cat([draw(*part, generator=generator) for *part, generator in parts])
+    size = len(mask) // len(generators)
+
+    def by_part(draw: Callable[..., Tokens], *rows: Any) -> Tokens:
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(generators))]
+        drawn = zip(parts, generators, strict=True)
+        return torch.cat([draw(*(r[part] for r in rows), generator=g) for part, g in drawn])
 
     with detach():
         places = text_process.chosen(mask)
@@ -128,8 +132,9 @@ def write_words(
             else:
                 draw = partial(categorical_text, text_process=text_process, temperature=temperature)
                 drawn = by_part(draw, logits, mask)
-            chances = word_logits(logits, mask, text_process, temperature or 1.0).log_softmax(-1)
-            confidence = chances.gather(-1, drawn[..., None]).squeeze(-1)
+            confidence = word_log_probs(
+                logits, drawn[..., None], mask, text_process, temperature or 1.0
+            ).squeeze(-1)
             if text_process.replaces:  # any word may be wrong
                 hidden = everywhere
             written = torch.where(hidden, drawn, written)

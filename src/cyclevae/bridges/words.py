@@ -20,13 +20,17 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import Logits, Mask, MaskLike, Number, RelaxedTokens, Tokens
 from cyclevae.model.chunks import chunk_of
 from cyclevae.model.door import at_the_door
+from cyclevae.model.linear_cross_entropy import each_nll
+from cyclevae.model.unread import AnyLogits, UnreadLogits, over_rows, read_logits, readable
 from cyclevae.processes.text import TextProcess
 
 _BLOCK = 256  # words: near the square root of usual vocabularies
 
 
 @at_the_door
-def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextProcess) -> Tokens:
+def argmax_text(
+    logits: AnyLogits, attention_mask: MaskLike, *, text_process: TextProcess
+) -> Tokens:
     """The most probable pseudo-text `[b, s]`, without forbidden ids, framed and padded.
 
     Raises:
@@ -40,15 +44,14 @@ def argmax_text(logits: Logits, attention_mask: MaskLike, *, text_process: TextP
         tensor([[3, 1]])
     """
     attention_mask = check_logits(logits, attention_mask, text_process)
-    rows = logits.detach().flatten(0, 1)
     # several times faster than argmax on a CPU
-    words = _by_chunks(lambda x: text_process.forbid(x).max(dim=1).indices, rows)
-    return text_process.frame(words.view(attention_mask.shape), attention_mask)
+    words = _words(logits, attention_mask, lambda x: text_process.forbid(x).max(dim=1).indices)
+    return text_process.frame(words, attention_mask)
 
 
 @at_the_door
 def categorical_text(
-    logits: Logits,
+    logits: AnyLogits,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -74,16 +77,19 @@ def categorical_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    rows = logits.detach().flatten(0, 1)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    uniform = torch.rand(len(rows), 2, dtype=dtype, device=rows.device, **seeded(generator))
-    words = _by_chunks(lambda x, u: _draw(fp32(x) / temperature, u, text_process), rows, uniform)
-    return text_process.frame(words.view(attention_mask.shape), attention_mask)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    positions = attention_mask.numel()
+    uniform = torch.rand(positions, 2, dtype=dtype, device=logits.device, **seeded(generator))
+
+    def draw(x: Tensor, u: Tensor) -> Tensor:
+        return _draw(fp32(x) / temperature, u, text_process)
+
+    return text_process.frame(_words(logits, attention_mask, draw, uniform), attention_mask)
 
 
 @at_the_door
 def straight_through_text(
-    logits: Logits,
+    logits: AnyLogits,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -122,25 +128,25 @@ def straight_through_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    chosen = text_process.chosen(attention_mask)
-    soft = word_logits(logits, chosen, text_process, temperature).softmax(dim=-1)
+    plain, chosen = read_logits(logits), text_process.chosen(attention_mask)
+    soft = word_logits(plain, chosen, text_process, temperature).softmax(dim=-1)
     words = (
         categorical_text(
-            logits,
+            plain,
             attention_mask,
             text_process=text_process,
             temperature=temperature,
             generator=generator,
         )
         if sample
-        else argmax_text(logits, attention_mask, text_process=text_process)
+        else argmax_text(plain, attention_mask, text_process=text_process)
     )
     return _one_hot(words, soft)
 
 
 @at_the_door
 def gumbel_text(
-    logits: Logits,
+    logits: AnyLogits,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -179,7 +185,8 @@ def gumbel_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    words = word_logits(logits, text_process.chosen(attention_mask), text_process)
+    chosen = text_process.chosen(attention_mask)
+    words = word_logits(read_logits(logits), chosen, text_process)
     noisy = words - _log_race(words, generator)
     soft = _tempered(noisy, temperature).softmax(dim=-1)
     words = noisy.detach().max(dim=-1).indices  # as in argmax_text
@@ -188,7 +195,7 @@ def gumbel_text(
 
 @at_the_door
 def soft_text(
-    logits: Logits,
+    logits: AnyLogits,
     attention_mask: MaskLike,
     *,
     text_process: TextProcess,
@@ -210,11 +217,12 @@ def soft_text(
     """
     check_positive("temperature", temperature)
     attention_mask = check_logits(logits, attention_mask, text_process)
-    soft = word_logits(logits, attention_mask, text_process, temperature).softmax(dim=-1)
+    plain = read_logits(logits)
+    soft = word_logits(plain, attention_mask, text_process, temperature).softmax(dim=-1)
     return text_process.frame(soft, attention_mask)
 
 
-def check_logits(logits: Logits, attention_mask: MaskLike, text_process: TextProcess) -> Mask:
+def check_logits(logits: AnyLogits, attention_mask: MaskLike, text_process: TextProcess) -> Mask:
     """The mask as bool, where the logits fit it and the vocabulary."""
     if logits.ndim != 3 or logits.shape[-1] != text_process.vocab_size:
         raise ValueError(
@@ -236,6 +244,33 @@ def word_logits(
 
 def _tempered(logits: Logits, temperature: Number) -> Logits:
     return logits if temperature == 1 else logits / temperature
+
+
+def word_log_probs(
+    logits: AnyLogits,
+    words: Integer[Tensor, "b s k"],
+    attention_mask: Mask,
+    text_process: TextProcess,
+    temperature: Number = 1.0,
+) -> Float[Tensor, "b s k"]:
+    """The log-probabilities of `k` words at each kept position, as they are drawn."""
+    logits = readable(logits)
+    if isinstance(logits, Tensor):
+        log_p = word_logits(logits, attention_mask, text_process, temperature).log_softmax(dim=-1)
+        return log_p.gather(-1, words)
+    bias = logits.weight.new_zeros(len(logits.weight)) if logits.bias is None else logits.bias
+    allowed = UnreadLogits(
+        logits.hidden / temperature, logits.weight, text_process.forbid(bias / temperature)
+    )
+    return -each_nll(allowed, words, attention_mask)
+
+
+def _words(logits: AnyLogits, mask: Mask, choose: Callable[..., Tensor], *more: Tensor) -> Tokens:
+    """An id per position, at kept ones at least."""
+    logits = readable(logits)
+    if isinstance(logits, UnreadLogits):
+        return over_rows(logits, mask, choose, *more)
+    return _by_chunks(choose, logits.detach().flatten(0, 1), *more).view(mask.shape)
 
 
 def _by_chunks(choose: Callable[..., Tensor], *rows: Tensor) -> Integer[Tensor, " n"]:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.masked import kept_latents, only_kept
-from cyclevae._base.types import LatentMask, Latents, Logits, Mask, Tokens
+from cyclevae._base.types import LatentMask, Latents, Mask, Tokens
 from cyclevae.gradient_policy.contexts import detach
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.evaluation import evaluating
 from cyclevae.model.padding import tell_latent_mask
+from cyclevae.model.unread import AnyLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -66,7 +67,7 @@ def without_latent(
     latent_process: LatentProcess,
     tokens: Tokens,
     latent_mask: LatentMask | None = None,
-) -> Logits:
+) -> AnyLogits:
     """What the decoder says of a text at full noise where the latent is pure noise."""
     full = checks.as_time("time", 1.0, noise)
     output = denoiser.denoise(

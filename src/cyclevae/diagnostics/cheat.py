@@ -13,7 +13,6 @@ from cyclevae._base.types import (
     LatentMask,
     LatentMaskLike,
     Latents,
-    Logits,
     Mask,
     MaskLike,
     Number,
@@ -31,6 +30,7 @@ from cyclevae.diagnostics._measuring import (
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import AnyLogits, read_logits
 from cyclevae.priors.samples import Moment
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
@@ -206,7 +206,8 @@ def cheat_test(
         )
 
 
-def accuracy(logits: Logits, tokens: Tokens, mask: Mask) -> float:
+def accuracy(logits: AnyLogits, tokens: Tokens, mask: Mask) -> float:
     """The share of kept tokens that are the most probable ones."""
-    hits = (logits.argmax(dim=-1) == tokens) & mask
+    best: Tensor = read_logits(logits).argmax(dim=-1)
+    hits = (best == tokens) & mask
     return (hits.sum() / mask.sum().clamp(min=1)).item()

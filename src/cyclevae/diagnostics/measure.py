@@ -25,6 +25,7 @@ from cyclevae.losses.text import text_loss
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import read_logits
 from cyclevae.objective.arrange import arrange
 from cyclevae.objective.batch import Batch
 from cyclevae.priors.samples import Moment
@@ -121,13 +122,15 @@ def cycle_report(
     tell("cycle report, 1 of 4: both cycles")
     with measuring(denoiser):
         z_hat = encode_text(denoiser, tokens, mask, noise=noise, latent_mask=kept, **read)
-        logits = l2t(
-            denoiser,
-            latents,
-            mask,
-            text_process=text_process,
-            generator=generator,
-            latent_mask=kept,
+        logits = read_logits(
+            l2t(
+                denoiser,
+                latents,
+                mask,
+                text_process=text_process,
+                generator=generator,
+                latent_mask=kept,
+            )
         )
         y_hat = text_process.cut(pseudo_text(logits, mask, text_process=text_process), mask)
         cycled = encode_text(denoiser, *y_hat, noise=noise, latent_mask=kept, **read)

@@ -16,7 +16,6 @@ from cyclevae._base.types import (
     LatentMask,
     LatentMaskLike,
     Latents,
-    Logits,
     Loss,
     Mask,
     MaskLike,
@@ -41,6 +40,7 @@ from cyclevae.model.door import at_the_door
 from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.passes import l2t, t2l
+from cyclevae.model.unread import AnyLogits, in_the_graph
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -56,7 +56,7 @@ def cycle_latent_loss(
     text_process: TextProcess,
     latent_process: LatentProcess,
     y_hat: AnyTokens | None = None,
-    logits: Logits | None = None,
+    logits: AnyLogits | None = None,
     maker: Denoiser | None = None,
     bridge: AnyTextBridge = "argmax",
     show_latent: bool = False,
@@ -157,7 +157,9 @@ def cycle_latent_loss(
         check_logits(logits, mask, text_process)
     latent_process.refuse_ill_conditioned(time)
     time = checks.as_time("time", time, latents)
-    given = logits if y_hat is None else y_hat
+    given = y_hat
+    if y_hat is None and logits is not None:
+        given = in_the_graph(logits)
     if policy.bridge != "detach" and given is not None and given.is_floating_point():
         cure = f"policy.bridge={policy.bridge!r} teaches what made it; make it outside of detach()"
         checks.warn_without_graph("logits" if y_hat is None else "y_hat", given, cure=cure)
@@ -194,7 +196,7 @@ def cycle_latent_loss(
                 writer, latents, mask, logits, text_process, bridge, generator, latent_mask, score
             )
         if policy.freeze_bridge:
-            refuse_reentrant([logits], bridge=latents)
+            refuse_reentrant([in_the_graph(logits)], bridge=latents)
     named = y_hat is None or bridge != TextBridge()
     origin = f"of the {str(bridge)!r} bridge" if named else "given as `y_hat`"
     relaxed = texts[0].is_floating_point()
@@ -275,7 +277,7 @@ def _write(
     denoiser: Denoiser,
     latents: Latents,
     mask: Mask,
-    logits: Logits,
+    logits: AnyLogits,
     text_process: TextProcess,
     bridge: TextBridge,
     generator: torch.Generator | None,

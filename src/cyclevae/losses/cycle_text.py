@@ -11,6 +11,7 @@ from cyclevae._base.types import (
     LatentMaskLike,
     Latents,
     Loss,
+    Mask,
     MaskLike,
     Number,
     Reduction,
@@ -25,6 +26,7 @@ from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.maker import check_bridge_maker
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import AnyLogits, in_the_graph
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -96,6 +98,41 @@ def cycle_text_loss(
         (torch.Size([]), True)
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
+    logits, tokens, taught = decode_cycled(
+        denoiser,
+        tokens,
+        attention_mask,
+        text_process=text_process,
+        latent_process=latent_process,
+        z_hat=z_hat,
+        maker=maker,
+        bridge=bridge,
+        time=time,
+        noise=noise,
+        generator=generator,
+        policy=policy,
+        latent_mask=latent_mask,
+    )
+    return text_loss(logits, tokens, taught, reduction=reduction, count=count)
+
+
+def decode_cycled(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    attention_mask: MaskLike,
+    *,
+    text_process: TextProcess,
+    latent_process: LatentProcess,
+    z_hat: Latents | None = None,
+    maker: Denoiser | None = None,
+    bridge: LatentBridge = ONE_SHOT,
+    time: Number | Time = 1.0,
+    noise: Latents | None = None,
+    generator: torch.Generator | None = None,
+    policy: GradientPolicy = STOP_GRADIENT,
+    latent_mask: LatentMaskLike | None = None,
+) -> tuple[AnyLogits, Tokens, Mask]:
+    """The passes of `cycle_text_loss`: logits, what they should be, and where that counts."""
     check_bridge_maker(maker, policy, made="z_hat" if z_hat is not None else None)
     tokens, mask = text_process.as_text(tokens, attention_mask)
     if z_hat is None:
@@ -131,6 +168,5 @@ def cycle_text_loss(
             latent_mask=latent_mask,
         )
     if policy.freeze:
-        refuse_reentrant([logits], bridge=crossing)
-    tokens, taught = text_process.targets(tokens, mask)
-    return text_loss(logits, tokens, taught, reduction=reduction, count=count)
+        refuse_reentrant([in_the_graph(logits)], bridge=crossing)
+    return logits, *text_process.targets(tokens, mask)

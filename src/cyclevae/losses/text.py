@@ -3,16 +3,14 @@
 from typing import NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base import checks
-from cyclevae._base.reduce import reduce_text
+from cyclevae._base.reduce import divided
 from cyclevae._base.types import (
     Count,
     LatentMaskLike,
     Latents,
-    Logits,
     Loss,
     Mask,
     MaskLike,
@@ -22,18 +20,20 @@ from cyclevae._base.types import (
     Time,
     Tokens,
 )
-from cyclevae.losses.cross_entropy import token_nll
-from cyclevae.losses.text_bound import text_bound
+from cyclevae.losses.text_bound import bound_weights, reduced_bound
+from cyclevae.losses.token_loss import reduced_nll
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
+from cyclevae.model.linear_cross_entropy import swept
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import AnyLogits, UnreadLogits, read_logits, readable
 from cyclevae.processes.text import Noised, TextProcess
 from cyclevae.processes.times import TimePolicy
 
 
 @at_the_door
 def text_loss(
-    logits: Logits,
+    logits: AnyLogits,
     tokens: Tokens,
     attention_mask: MaskLike,
     *,
@@ -46,7 +46,7 @@ def text_loss(
     or better.
 
     Args:
-        logits: `[b, s, v]`.
+        logits: `[b, s, v]`, or unread ones.
         tokens: the true ids `[b, s]`.
         attention_mask: `[b, s]`, True = keep.
         reduction: `mean` over kept tokens, `sum`, `none` (`[b, s]`, 0 at padding) or `nats` (sum
@@ -72,7 +72,7 @@ def text_loss(
             f"got {list(logits.shape)}"
         )
     mask = checks.as_mask("attention_mask", attention_mask, tokens.shape)
-    return reduce_text(token_nll(logits, tokens, mask), mask, reduction=reduction, count=count)
+    return reduced_nll(logits, tokens, mask, reduction=reduction, count=count)
 
 
 @at_the_door
@@ -147,8 +147,7 @@ def l2t_loss(
     )
     if weighting == "mean":
         return text_loss(*decoded[:3], reduction=reduction, count=count)
-    bound = decoded.bound(text_process)
-    return reduce_text(bound, text_process.taught(mask), reduction=reduction, count=count)
+    return decoded.bound(text_process, text_process.taught(mask), reduction=reduction, count=count)
 
 
 _ALL_TIMES = ("uniform", 0, 1)
@@ -170,25 +169,71 @@ class Decoding(NamedTuple):
     """An L2T pass of the base loss.
 
     Attributes:
-        logits: `[b, s, v]`.
+        logits: `[b, s, v]`, or unread ones.
         targets: what they should be `[b, s]`.
         counted: where `[b, s]`.
         noisy: what was read `[b, s]`; None at full noise.
         time: the time of the noise.
     """
 
-    logits: Logits
+    logits: AnyLogits
     targets: Tokens
     counted: Mask
     noisy: Tokens | None = None
     time: Number | Time = 1.0
 
-    def bound(self, text_process: TextProcess) -> Float[Tensor, "b s"]:
-        """What each position adds to the bound."""
-        if self.noisy is None or not isinstance(self.time, Tensor):
+    def bound(
+        self,
+        text_process: TextProcess,
+        taught: Mask,
+        *,
+        reduction: Reduction = "mean",
+        count: Count | None = None,
+    ) -> Loss:
+        """The bound, per taught word."""
+        return reduced_bound(
+            self.logits,
+            self.targets,
+            self._noised,
+            self._times,
+            taught,
+            text_process=text_process,
+            reduction=reduction,
+            count=count,
+        )
+
+    def judged(
+        self,
+        text_process: TextProcess,
+        taught: Mask,
+        *,
+        weighting: TextWeighting,
+        count: Count | None,
+    ) -> tuple[Loss, Tokens]:
+        """The base loss, and the most probable words, by one reading of the logits."""
+        logits, targets, counted = readable(self.logits), self.targets, self.counted
+        bound = weighting == "bound"
+        if isinstance(logits, UnreadLogits) and not (bound and text_process.replaces):
+            weight = bound_weights(logits, self._times, text_process) if bound else None
+            total, best = swept(logits, targets, counted, weight)
+            return divided(total, taught if bound else counted, reduction="mean", count=count), best
+        plain = self._replace(logits=read_logits(logits))
+        best = plain.logits.detach().max(dim=-1).indices  # several times faster than argmax on CPUs
+        if bound:
+            return plain.bound(text_process, taught, count=count), best
+        return text_loss(plain.logits, targets, counted, count=count), best
+
+    @property
+    def _noised(self) -> Noised:
+        if self.noisy is None:
             raise ValueError("a text at full noise alone has no bound")
-        noised = Noised(self.noisy, self.counted)
-        return text_bound(self.logits, self.targets, noised, self.time, text_process=text_process)
+        return Noised(self.noisy, self.counted)
+
+    @property
+    def _times(self) -> Time:
+        if not isinstance(self.time, Tensor):
+            raise ValueError("a text at full noise alone has no bound")
+        return self.time
 
 
 def decode_noised(

@@ -6,14 +6,57 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclevae._base.precision import fp32
-from cyclevae._base.types import AnyTokens, Logits, Mask, RelaxedTokens, Time, Tokens
-from cyclevae.losses.cross_entropy import token_nll
+from cyclevae._base.reduce import divided, reduce_text
+from cyclevae._base.types import (
+    AnyTokens,
+    Count,
+    Logits,
+    Loss,
+    Mask,
+    Reduction,
+    RelaxedTokens,
+    Time,
+    Tokens,
+)
+from cyclevae.losses.token_loss import nll
+from cyclevae.model.linear_cross_entropy import swept
+from cyclevae.model.unread import AnyLogits, UnreadLogits, read_logits, readable
 from cyclevae.processes.shares import inside, rates
 from cyclevae.processes.text import Noised, TextProcess
 
 
+def reduced_bound(
+    logits: AnyLogits,
+    tokens: AnyTokens,
+    noised: Noised,
+    time: Time,
+    mask: Mask,
+    *,
+    text_process: TextProcess,
+    reduction: Reduction,
+    count: Count | None = None,
+) -> Loss:
+    """`text_bound` of the words that a mask keeps, reduced."""
+    logits = readable(logits)
+    at_once = reduction != "none" and not (text_process.replaces or tokens.is_floating_point())
+    if isinstance(logits, UnreadLogits) and at_once:
+        weight = bound_weights(logits, time, text_process)
+        total = swept(logits, tokens, noised.counted & mask, weight).total
+        return divided(total, mask, reduction=reduction, count=count)
+    bound = text_bound(logits, tokens, noised, time, text_process=text_process)
+    return reduce_text(bound, mask, reduction=reduction, count=count)
+
+
+def bound_weights(
+    logits: UnreadLogits, time: Time, text_process: TextProcess
+) -> Float[Tensor, "b s"]:
+    """By what the bound multiplies the cross-entropy of a masked word."""
+    ones = torch.ones_like(logits.hidden[..., 0])
+    return text_process.weigh(fp32(ones), time)
+
+
 def text_bound(
-    logits: Logits, tokens: AnyTokens, noised: Noised, time: Time, *, text_process: TextProcess
+    logits: AnyLogits, tokens: AnyTokens, noised: Noised, time: Time, *, text_process: TextProcess
 ) -> Float[Tensor, "b s"]:
     """What each counted position adds to the bound at its row's time; 0 elsewhere.
 
@@ -29,12 +72,12 @@ def text_bound(
         text_process: the process that made it.
     """
     if text_process.replaces:
-        return _divergence(logits, tokens, noised, time, text_process)
+        return _divergence(read_logits(logits), tokens, noised, time, text_process)
     if tokens.is_floating_point():
-        nll = _expected_nll(logits, tokens, noised.counted)
+        errors = _expected_nll(read_logits(logits), tokens, noised.counted)
     else:
-        nll = token_nll(logits, tokens, noised.counted)
-    return text_process.weigh(nll, time)
+        errors = nll(logits, tokens, noised.counted)
+    return text_process.weigh(errors, time)
 
 
 def _divergence(

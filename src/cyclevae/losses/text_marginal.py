@@ -7,7 +7,6 @@ import torch
 
 from cyclevae._base import checks
 from cyclevae._base.masked import kept_latents
-from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import (
     AnyTokens,
     Count,
@@ -20,7 +19,7 @@ from cyclevae._base.types import (
     Time,
 )
 from cyclevae.gradient_policy.contexts import detach
-from cyclevae.losses.text_bound import text_bound
+from cyclevae.losses.text_bound import reduced_bound
 from cyclevae.model.denoiser import Denoiser, need_logits
 from cyclevae.model.door import at_the_door
 from cyclevae.model.padding import tell_latent_mask
@@ -126,5 +125,13 @@ def text_marginal_loss(
             **tell_latent_mask(denoiser, latent_mask),
         )
         logits = need_logits(output, ids, text_process.vocab_size)
-    bound = text_bound(logits, words, noised, rate, text_process=text_process)
-    return reduce_text(bound, taught, reduction=reduction, count=count)
+    return reduced_bound(
+        logits,
+        words,
+        noised,
+        rate,
+        taught,
+        text_process=text_process,
+        reduction=reduction,
+        count=count,
+    )

@@ -1,12 +1,12 @@
 """The unconditional mode: both parts noised at once, and rows that may lack one of them."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from cyclevae._base import checks
 from cyclevae._base.masked import kept_latents
-from cyclevae._base.reduce import only_present, reduce_latents, reduce_text
+from cyclevae._base.reduce import only_present, reduce_latents
 from cyclevae._base.types import (
     Count,
     LatentMaskLike,
@@ -19,9 +19,9 @@ from cyclevae._base.types import (
     Time,
     Tokens,
 )
-from cyclevae.losses.cross_entropy import token_nll
 from cyclevae.losses.latent import check_weighting, latent_loss
-from cyclevae.losses.text_bound import text_bound
+from cyclevae.losses.text_bound import reduced_bound
+from cyclevae.losses.token_loss import reduced_nll
 from cyclevae.model.both import joint
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
@@ -157,11 +157,6 @@ def unconditional_loss(
     has_latent = everyone if has_latent is None else has_latent
     kept = kept & has_text[:, None]
     counted = out.masked & kept
-    if text_weighting == "mean":
-        nll, kept = token_nll(out.logits, tokens, counted), counted
-    else:
-        noised = Noised(out.noisy_tokens, counted)
-        nll = text_bound(out.logits, tokens, noised, out.text_time, text_process=text_process)
     target = latent_process.target(latents, out.noise, out.latent_time)
     squared = latent_loss(
         out.latent_prediction,
@@ -170,9 +165,17 @@ def unconditional_loss(
         reduction="none",
     )
     if text_count is None:
-        text_count = has_text.sum() if reduction == "nats" else kept.sum()
+        words = counted if text_weighting == "mean" else kept
+        text_count = has_text.sum() if reduction == "nats" else words.sum()
+    reduced: dict[str, Any] = {"reduction": reduction, "count": text_count}
+    if text_weighting == "mean":
+        text = reduced_nll(out.logits, tokens, counted, **reduced)
+    else:
+        noised = Noised(out.noisy_tokens, counted)
+        reduced["text_process"] = text_process
+        text = reduced_bound(out.logits, tokens, noised, out.text_time, counted, **reduced)
     return UnconditionalLoss(
-        reduce_text(nll, counted, reduction=reduction, count=text_count),
+        text,
         reduce_latents(
             squared,
             reduction=reduction,

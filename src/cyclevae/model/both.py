@@ -11,7 +11,6 @@ from cyclevae._base.reduce import only_present
 from cyclevae._base.types import (
     LatentMaskLike,
     Latents,
-    Logits,
     MaskLike,
     Number,
     Rows,
@@ -22,6 +21,7 @@ from cyclevae.model.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.model.door import at_the_door
 from cyclevae.model.dtypes import in_its_dtype
 from cyclevae.model.padding import tell_latent_mask
+from cyclevae.model.unread import AnyLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -41,7 +41,7 @@ class Joint(NamedTuple):
         noisy_tokens: the noised text `[b, s]`.
     """
 
-    logits: Logits
+    logits: AnyLogits
     latent_prediction: Latents
     masked: Tensor
     noise: Latents

@@ -16,7 +16,6 @@ from cyclevae._base.types import (
     AnyTokens,
     LatentMaskLike,
     Latents,
-    Logits,
     MaskLike,
     Need,
     Prediction,
@@ -26,6 +25,7 @@ from cyclevae.gradient_policy.roles import Roles
 from cyclevae.model.direction import direction_of, direction_of_two
 from cyclevae.model.dtypes import network_dtype, reading_in
 from cyclevae.model.padding import tell_latent_mask
+from cyclevae.model.unread import AnyLogits
 from cyclevae.model.wrappers import path_inside
 
 
@@ -35,14 +35,14 @@ class Denoised(NamedTuple):
     A named tuple, because FSDP2 finds tensors in tuples and overlooks those in a dataclass.
 
     Attributes:
-        logits: `[b, s, v]`.
+        logits: `[b, s, v]`, or what `unread_logits` makes of a head.
         latent_prediction: the shape of the latents, in the process's prediction type.
 
     Examples:
         >>> logits, latent_prediction = Denoised(logits=None, latent_prediction=None)
     """
 
-    logits: Logits | None
+    logits: AnyLogits | None
     latent_prediction: Latents | None
 
 
@@ -341,7 +341,7 @@ def reading_relaxed(origin: str) -> AbstractContextManager[object]:
     return nullcontext() if torch.compiler.is_compiling() else _naming(origin)
 
 
-def need_logits(output: Denoised, tokens: Tensor, vocab_size: int) -> Logits:
+def need_logits(output: Denoised, tokens: Tensor, vocab_size: int) -> AnyLogits:
     """The logits of a forward, or an error that says what the model did wrong."""
     if output.logits is None:
         raise ValueError("the denoiser returned no logits where need='logits' or 'both' asked")

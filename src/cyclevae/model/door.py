@@ -10,6 +10,7 @@ import torch
 from cyclevae._base import checks
 from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.model.direction import check_predicts
+from cyclevae.model.unread import UnreadLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -56,6 +57,11 @@ def _check_denoiser(name: str, value: object) -> None:
     )
 
 
+def _check_logits(name: str, value: object) -> None:
+    if not isinstance(value, UnreadLogits):
+        checks.check_tensor(name, value)
+
+
 def _check_text_process(name: str, value: object) -> None:
     _check_class(name, value, TextProcess, "TextProcess(mask_id=..., vocab_size=...)")
 
@@ -88,7 +94,6 @@ _TENSORS = (
     "latent_mask",
     "text_latent_mask",
     "latents",
-    "logits",
     "log_probs",
     "rewards",
     "noise",
@@ -115,5 +120,6 @@ _KINDS: dict[str, Callable[[str, object], None]] = {
     "text_process": _check_text_process,
     "latent_process": _check_latent_process,
     "generator": _check_generator,
+    "logits": _check_logits,
     "policy": _check_policy,
 }

@@ -13,6 +13,7 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import AnyTokens, Latents, Need, Number, Rows
 from cyclevae.model.denoiser import Denoised, Denoiser
 from cyclevae.model.door import at_the_door
+from cyclevae.model.unread import UnreadLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 
@@ -130,9 +131,13 @@ class Guided:
         null = self.null.denoise(tokens, latents, need=need, **state)
         if need == "latents":
             return Denoised(None, self._between(null.latent_prediction, shown.latent_prediction))
+        if isinstance(null.logits, UnreadLogits) and isinstance(shown.logits, UnreadLogits):
+            # logits are linear in what their head reads, up to a bias, which drops out
+            hidden = self._between(null.logits.hidden, shown.logits.hidden)
+            return Denoised(shown.logits.with_hidden(hidden), None)
         return Denoised(self._between(null.logits, shown.logits), None)
 
-    def _between(self, null: Tensor | None, shown: Tensor | None) -> Tensor | None:
+    def _between(self, null: Any, shown: Any) -> Any:
         if null is None or shown is None:  # for the pass to complain of
             return None
         impossible = null.isneginf() | shown.isneginf()  # words that a model rules out

@@ -14,7 +14,6 @@ from cyclevae._base.types import (
     LatentMask,
     LatentMaskLike,
     Latents,
-    Logits,
     MaskLike,
     Number,
     Time,
@@ -24,6 +23,7 @@ from cyclevae.model.denoiser import Denoiser, need_latents, need_logits
 from cyclevae.model.door import at_the_door
 from cyclevae.model.dtypes import in_its_dtype
 from cyclevae.model.padding import tell_latent_mask
+from cyclevae.model.unread import AnyLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -40,7 +40,7 @@ def l2t(
     text_time: Number | Time = 1.0,
     generator: torch.Generator | None = None,
     latent_mask: LatentMaskLike | None = None,
-) -> Logits:
+) -> AnyLogits:
     """Decode: clean latents and a text at full noise, in one pass.
 
     Args:
@@ -55,7 +55,7 @@ def l2t(
         latent_mask: `[b, n]`, True = keep, of latents `[b, n, d]`; the rest is never looked at.
 
     Returns:
-        Logits `[b, s, v]`.
+        Logits `[b, s, v]`, unread ones of a network that leaves them so.
 
     Raises:
         ValueError: wrong shapes, latents that are not finite, a model that returns no logits, or
@@ -182,7 +182,7 @@ def l2t_and_t2l(
     generator: torch.Generator | None = None,
     latent_mask: LatentMaskLike | None = None,
     text_latent_mask: Shaped[Tensor, "c n"] | None = None,
-) -> tuple[Logits, T2L]:
+) -> tuple[AnyLogits, T2L]:
     """`l2t` of some rows and `t2l` from pure noise of others, in one pass over all of them.
 
     Quicker than two where operators take longer to launch than to run. Both heads read every row.

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from cyclevae._base.types import AnyTokens, Latents, Logits, Mask, Number, Time
+from cyclevae._base.types import AnyTokens, Latents, Mask, Number, Time
 from cyclevae.bridges.text import TextBridge
+from cyclevae.model.unread import AnyLogits
 from cyclevae.objective.requests import Decode, Encode
 
 
@@ -12,7 +13,7 @@ class Decoded(NamedTuple):
 
     latents: Latents
     mask: Mask
-    logits: Logits
+    logits: AnyLogits
 
 
 class Ran(NamedTuple):

@@ -25,6 +25,7 @@ from cyclevae.model.guidance import without_condition
 from cyclevae.model.maker import Maker
 from cyclevae.model.passes import T2L, l2t, l2t_and_t2l, t2l
 from cyclevae.model.teacher import check_frozen
+from cyclevae.model.unread import UnreadLogits, in_the_graph
 from cyclevae.objective.plan import Plan
 from cyclevae.objective.ran import Decoded, Ran
 from cyclevae.objective.requests import Decode, Encode
@@ -105,8 +106,13 @@ class Step(NamedTuple):
         """The L2T pass of the rows of a request."""
         place = self.plan.serving(request)
         whole = self._decoded(place)
-        latents, mask, logits = [self._pick(part, request, place) for part in whole]
-        return Decoded(latents, mask, self._own(logits, request))
+        latents, mask = [self._pick(part, request, place) for part in whole[:2]]
+        logits = whole.logits
+        if isinstance(logits, UnreadLogits):
+            picked = logits.with_hidden(self._pick(logits.hidden, request, place))
+            owned = picked.map(lambda part: self._own(part, request))
+            return Decoded(latents, mask, owned)
+        return Decoded(latents, mask, self._own(self._pick(logits, request, place), request))
 
     def encoded(self, request: Encode) -> T2L:
         """The T2L pass of the rows of a request of one pass, before a latent is read off it."""
@@ -270,7 +276,7 @@ class Step(NamedTuple):
                         latent_mask=self.latent_mask(request),
                     )
                 if request.freeze:
-                    refuse_reentrant([logits])
+                    refuse_reentrant([in_the_graph(logits)])
                 self.ran.passes[place] = Decoded(latents, mask, logits)
         decoded: Decoded = self.ran.passes[place]
         return decoded

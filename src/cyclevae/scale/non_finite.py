@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cyclevae._base.types import AnyTokens, Latents
 from cyclevae.gradient_policy.gate import Frozen, refuse_reentrant
@@ -111,9 +112,9 @@ class Guarded:
         with Frozen(self.denoiser, (), gate=verdict.gate_all):
             output = self.denoiser.denoise(tokens, latents, **state)
         # such a pass would run again without its guards, and give gradients that are not finite
-        refuse_reentrant([part for part in output if part is not None], bridge=latents)
-        parts = [part.detach().isfinite().all() for part in output if part is not None]
-        verdict.finite = torch.stack(parts).all()
+        parts = [part for part in tree_leaves(output) if part is not None]
+        refuse_reentrant(parts, bridge=latents)
+        verdict.finite = torch.stack([part.detach().isfinite().all() for part in parts]).all()
         return output
 
 

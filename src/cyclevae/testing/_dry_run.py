@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cyclevae._base.types import Need
 from cyclevae.model.denoiser import Denoised, Denoiser, need_latents, need_logits
+from cyclevae.model.unread import read_logits
 from cyclevae.processes.text import TextProcess
 
 # Of the longest text, until the network takes one: some have few positions, some just so many.
@@ -86,7 +87,7 @@ class DryRun(NamedTuple):
         """What was needed, by name; logits at kept positions alone."""
         denoised, found = self.denoise(mode, self.tokens, padding), {}
         if mode.need != "latents":
-            logits = need_logits(denoised, self.tokens, self.text_process.vocab_size)
+            logits = read_logits(need_logits(denoised, self.tokens, self.text_process.vocab_size))
             found["logits"] = logits.masked_fill(~self.mask[..., None], 0)
         if mode.need != "logits":
             found["latent_prediction"] = need_latents(denoised, self.latents)

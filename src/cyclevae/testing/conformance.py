@@ -15,6 +15,7 @@ from cyclevae.model.denoiser import Denoiser, need_latents
 from cyclevae.model.direction import check_predicts
 from cyclevae.model.evaluation import evaluating
 from cyclevae.model.passes import l2t, t2l
+from cyclevae.model.unread import read_logits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
 from cyclevae.testing._alive import alive, moved
@@ -110,7 +111,7 @@ def check_denoiser(
         roles = getattr(denoiser, "roles", None)
         if roles is not None and learning:
             groups = roles.groups(module)
-            logits = l2t(denoiser, dry.latents, dry.mask, text_process=text_process)
+            logits = read_logits(l2t(denoiser, dry.latents, dry.mask, text_process=text_process))
             _check_role("encoder_only", groups, "L2T", logits)
             encoded = t2l(
                 denoiser,

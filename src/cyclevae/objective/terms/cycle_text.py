@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cyclevae._base import checks
-from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import Count, Number, Scalar
 from cyclevae.bridges.latent import NOISED, LatentBridge
 from cyclevae.gradient_policy.presets import (
@@ -14,7 +13,8 @@ from cyclevae.gradient_policy.presets import (
     named_policy,
     policy_at,
 )
-from cyclevae.losses.cycle_text import cycle_text_loss
+from cyclevae.losses.cycle_text import decode_cycled
+from cyclevae.losses.text import text_loss
 from cyclevae.model.maker import LIVE, Maker, check_maker
 from cyclevae.objective.requests import DECODER, Encode, Own, Request
 from cyclevae.objective.rows import Arranged
@@ -107,7 +107,7 @@ class CycleText(UnpairedTerm):
         """Cross-entropy of the texts, given their `z_hat`."""
         asked = self.encodes(step.number)
         z_hat, (tokens, mask) = step.z_hat(asked), step.texts(asked)
-        nll = cycle_text_loss(
+        logits, targets, taught = decode_cycled(
             step.denoiser,
             tokens,
             mask,
@@ -116,13 +116,8 @@ class CycleText(UnpairedTerm):
             bridge=self.bridge,
             generator=step.generator,
             policy=policy_at(self.policy, step.number),
-            reduction="none",
             latent_mask=step.latent_mask(asked),
         )
-        return reduce_text(
-            nll,
-            step.text_process.taught(mask),
-            reduction="mean",
-            rows=self.there(step.rows, "text"),
-            count=step.denominator(),
-        )
+        there = self.there(step.rows, "text")
+        counted = taught if there is None else taught & there[:, None]
+        return text_loss(logits, targets, counted, count=step.denominator())

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from cyclevae._base import checks
-from cyclevae._base.reduce import reduce_text
 from cyclevae._base.types import Count, Number, Scalar, TextWeighting
-from cyclevae.losses.text import Decoding, check_bound_time, decode_noised, text_loss
+from cyclevae.losses.text import Decoding, check_bound_time, decode_noised
 from cyclevae.objective.requests import DECODER, Decode, Own, Request
 from cyclevae.objective.rows import Arranged, Share
 from cyclevae.objective.step import Setting, Step, highest
@@ -131,12 +130,11 @@ class Text(Term):
         if step.rows.has_both is not None:
             whole = step.rows.has_both[:pairs, None]
             decoded, taught = decoded._replace(counted=decoded.counted & whole), taught & whole
-        logits, targets, counted = decoded[:3]
-        best = logits.detach().max(dim=-1).indices  # several times faster than argmax on a CPU
+        loss, best = decoded.judged(
+            step.text_process, taught, weighting=self.weighting, count=step.denominator()
+        )
+        counted = decoded.counted
         shown = counted if null is None else counted & ~null[:, None]
-        hits = (best == targets) & shown
+        hits = (best == decoded.targets) & shown
         step.metrics[f"{self.name}_accuracy"] = hits.sum() / shown.sum().clamp(min=1)
-        if self.weighting == "mean":
-            return text_loss(logits, targets, counted, count=step.denominator())
-        bound = decoded.bound(step.text_process)
-        return reduce_text(bound, taught, reduction="mean", count=step.denominator())
+        return loss

@@ -1,0 +1,284 @@
+"""Logits that nobody has read yet: what a text head reads, and its weight in place of `[b, s, v]`.
+
+At a vocabulary of 126,464 the logits of 4,096 positions are a gigabyte in bf16. Losses, draws and
+accuracies need them some rows at a time, at the positions that count.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cyclevae._base.checks import check_tensor, reads_values
+from cyclevae._base.derivatives import transformed
+from cyclevae._base.precision import no_autocast
+from cyclevae._base.types import Logits, Mask
+
+
+@dataclass(eq=False, repr=False)
+class UnreadLogits:
+    """Logits `[b, s, v]` before they are computed; made by `unread_logits`.
+
+    The losses, the bridges and the measures of this library compute of them what they read, some
+    positions at a time. To all else they are logits: what is asked of them as of a tensor, by
+    `torch` or by a method, is asked of `read()`, which computes all of them. Slices of rows and
+    positions stay unread.
+
+    Attributes:
+        hidden: what the head reads, `[b, s, h]`, in the dtype in which it computes.
+        weight: that of the head, `[v, h]`, or inside of `freeze` its alias.
+        bias: `[v]`, if the head has one.
+
+    Examples:
+        >>> logits = UnreadLogits(torch.ones(1, 2, 3), torch.eye(3)[:2])
+        >>> logits.shape, logits[:, :1].shape
+        (torch.Size([1, 2, 2]), torch.Size([1, 1, 2]))
+        >>> logits.argmax(dim=-1)
+        tensor([[0, 0]])
+    """
+
+    hidden: Float[Tensor, "*n h"]
+    weight: Float[Tensor, "v h"]
+    bias: Float[Tensor, " v"] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[b, s, v]`."""
+        return torch.Size((*self.hidden.shape[:-1], len(self.weight)))
+
+    @property
+    def ndim(self) -> int:
+        """3."""
+        return self.hidden.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits."""
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the logits."""
+        return self.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether somebody learns from them."""
+        return any(part.requires_grad for part in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What they are made of."""
+        return (self.hidden, self.weight) + (() if self.bias is None else (self.bias,))
+
+    def read(self) -> Logits:
+        """The logits themselves, in memory."""
+        check_held(self.weight)
+        with no_autocast(self.hidden):
+            return F.linear(self.hidden, *in_dtype(self.dtype, self.weight, self.bias))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "UnreadLogits":
+        """The same of a function of each tensor that they are made of."""
+        bias = None if self.bias is None else function(self.bias)
+        return UnreadLogits(function(self.hidden), function(self.weight), bias)
+
+    def with_hidden(self, hidden: Float[Tensor, "*n h"]) -> "UnreadLogits":
+        """What the same head makes of something else."""
+        return UnreadLogits(hidden, self.weight, self.bias)
+
+    def detach(self) -> "UnreadLogits":
+        """The same without a graph."""
+        return self.map(Tensor.detach)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: Any) -> "UnreadLogits | Tensor":
+        slices = index if isinstance(index, tuple) else (index,)
+        if len(slices) < self.ndim and all(isinstance(part, slice) for part in slices):
+            return self.with_hidden(self.hidden[index])
+        return self.read()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"UnreadLogits, as a tensor, has no attribute {name!r}")
+        return getattr(self.read(), name)
+
+    def __repr__(self) -> str:
+        return f"UnreadLogits(shape={list(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map(read_logits, (args, kwargs or {}), is_leaf=_unread)
+        return function(*args, **kwargs)
+
+
+AnyLogits = Logits | UnreadLogits
+
+
+def _unread(value: object) -> bool:
+    return isinstance(value, UnreadLogits)
+
+
+# FSDP2 looks for tensors in what a module returns
+pytree.register_pytree_node(
+    UnreadLogits,
+    lambda logits: ([logits.hidden, logits.weight, logits.bias], None),
+    lambda parts, _: UnreadLogits(*parts),
+)
+
+
+def read_logits(logits: Any) -> Any:
+    """Logits as a tensor; anything else as it is."""
+    return logits.read() if isinstance(logits, UnreadLogits) else logits
+
+
+def in_the_graph(logits: AnyLogits) -> Tensor:
+    """What the network returned, as autograd sees it."""
+    return logits.hidden if isinstance(logits, UnreadLogits) else logits
+
+
+def readable(logits: Any) -> Any:
+    """Logits as they can be read: compilers fuse plain code, and `torch.func` follows no other."""
+    unread = isinstance(logits, UnreadLogits)
+    if unread and (torch.compiler.is_compiling() or transformed(logits.hidden)):
+        return logits.read()
+    return logits
+
+
+def unread_logits(head: nn.Module, hidden: Float[Tensor, "b s h"]) -> AnyLogits:
+    """`head(hidden)`, of which nothing is computed before somebody reads it.
+
+    One line of a network's forward, in place of `self.text_head(hidden)`:
+    `logits = cyclevae.unread_logits(self.text_head, hidden)`. Its cross-entropy, accuracy and draws
+    are then computed some positions at a time, of those that count alone, and equal those of the
+    logits to rounding, as do the gradients. Names of parameters stay as they are, tied weights
+    tied; the dtype is that of the head under autocast.
+
+    Only an `nn.Linear` can be left unread: any other head is called, and so is one with hooks of
+    its own, as FSDP2 gives a unit. So leave it in the root unit, that of a `StepModule`.
+
+    Args:
+        head: the text head.
+        hidden: what it reads, `[b, s, h]`.
+
+    Raises:
+        TypeError: hidden states that are no tensor, or in another dtype than the weight, outside
+            of autocast.
+
+    Reference: the order of the sweep is that of Liger, https://arxiv.org/abs/2410.10989, and of
+    Wijmans et al., Cut Your Losses, https://arxiv.org/abs/2411.09009.
+
+    Examples:
+        >>> import cyclevae as cv
+        >>> head, hidden = nn.Linear(4, 10), torch.randn(2, 3, 4, requires_grad=True)
+        >>> logits = unread_logits(head, hidden)
+        >>> logits
+        UnreadLogits(shape=[2, 3, 10], dtype=torch.float32)
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 0]])
+        >>> loss, plain = (cv.text_loss(x, tokens, tokens > 0) for x in (logits, head(hidden)))
+        >>> bool((loss - plain).abs() < 1e-6)
+        True
+    """
+    check_tensor("hidden", hidden)
+    if not _is_plain(head) or transformed(hidden):
+        logits: Logits = head(hidden)
+        return logits
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    bias: Tensor | None = head.bias  # type: ignore[assignment]
+    # Aliases with a node of their own, by which DDP finds the parameters, and on which FSDP2 may
+    # leave its hooks.
+    weight = weight.view_as(weight)
+    bias = None if bias is None else bias.view_as(bias)
+    dtype = hidden.dtype
+    kind = hidden.device.type
+    if not hidden.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    elif dtype != weight.dtype:
+        raise TypeError(
+            f"`hidden` has dtype {dtype} and the head's weight {weight.dtype}: cast what it reads, "
+            "as in hidden.to(head.weight.dtype), or use autocast"
+        )
+    return UnreadLogits(hidden.to(dtype), weight, bias)
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a head is nothing but its weight and bias."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head._backward_hooks or head._backward_pre_hooks)
+        and isinstance(head.weight, Tensor)
+        and not hasattr(head.weight, "full_tensor")  # sharded: its unit must be entered
+    )
+
+
+def in_dtype(
+    dtype: torch.dtype, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype in which the head computes."""
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_held(weight: Tensor) -> None:
+    """Refuse a weight whose memory FSDP2 has given back: its kernels would read nothing.
+
+    Raises:
+        RuntimeError: such a weight.
+    """
+    if torch.compiler.is_compiling() or transformed(weight) or weight.is_meta:
+        return
+    if weight.numel() and not weight.untyped_storage().size():
+        raise RuntimeError(
+            "the weight of the text head was sharded again before its logits were read: leave the "
+            "head in the root unit of FSDP2, that of fully_shard(StepModule(...)), call "
+            "fully_shard(..., reshard_after_forward=False) on the unit that holds it, or return "
+            "its logits in place of unread ones"
+        )
+
+
+def rows_at_a_time(weight: Tensor) -> int:
+    """Of the logits: so many that they are half as large as the weight, within bounds."""
+    return min(max(weight.shape[1] // 2, 128), 1024)
+
+
+def kept_rows(mask: Mask) -> Tensor | None:
+    """The numbers of the positions `[b s]` that count; None where the device alone knows them."""
+    flat = mask.flatten()
+    if flat.device.type != "cpu" or not reads_values(flat):
+        return None
+    return flat.nonzero().squeeze(1)
+
+
+def over_rows(
+    logits: UnreadLogits, mask: Mask, function: Callable[..., Tensor], *more: Tensor
+) -> Tensor:
+    """A function of logits `[n, v]` and more `[n, ...]`, where the mask is True; 0 elsewhere.
+
+    Without a graph: `[b, s]` of what the function gives for each row.
+    """
+    check_held(logits.weight)
+    hidden, rows = logits.hidden.detach().flatten(0, -2), kept_rows(mask)
+    if rows is not None:
+        hidden, more = hidden[rows.to(hidden.device)], tuple([part[rows] for part in more])
+    found = []
+    with torch.no_grad(), no_autocast(hidden):
+        head = in_dtype(logits.dtype, logits.weight.detach(), logits.bias)
+        size = rows_at_a_time(logits.weight)
+        for parts in zip(*(torch.split(part, size) for part in (hidden, *more)), strict=True):
+            found.append(function(F.linear(parts[0], *head), *parts[1:]))
+    result = torch.cat(found)
+    if rows is not None:
+        result = result.new_zeros(mask.numel()).index_copy_(0, rows.to(result.device), result)
+    else:
+        result = torch.where(mask.flatten(), result, torch.zeros_like(result))
+    return result.view(mask.shape)
