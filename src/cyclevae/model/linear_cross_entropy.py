@@ -4,7 +4,6 @@ Reference: the order is that of Liger's fused linear cross-entropy, https://arxi
 and of Wijmans et al., Cut Your Losses, https://arxiv.org/abs/2411.09009.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,10 @@ from cyclevae._base.types import Mask, Tokens
 from cyclevae.model.unread import (
     UnreadLogits,
     check_held,
+    chunks_of,
+    for_products,
     in_dtype,
     kept_rows,
-    rows_at_a_time,
 )
 
 
@@ -118,7 +118,10 @@ class _Sum(torch.autograd.Function):
             nll = _plain(hidden, weight, bias, labels)[:, 0]
             total = (nll if weights is None else nll * weights).sum()
             return *_gradients(ctx, total, (hidden, weight, bias), gradient), None, None, None
-        scaled = [None if part is None else part * gradient.to(part.dtype) for part in found]
+        scaled = [
+            None if part is None else (part * gradient).to(like.dtype)
+            for part, like in zip(found, (hidden, weight, bias), strict=True)
+        ]
         return *scaled, None, None, None
 
 
@@ -131,7 +134,8 @@ class _Each(torch.autograd.Function):
     ) -> Tensor:
         nll, total = [], []
         with no_autocast(hidden):
-            for _, logits, label in _chunks(hidden, weight, bias, labels):
+            for _, logits, label in chunks_of(hidden, weight, bias, labels):
+                logits = fp32(logits)
                 total.append(logits.logsumexp(dim=1, keepdim=True))
                 nll.append(total[-1] - logits.gather(1, label))
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(total))
@@ -145,8 +149,10 @@ class _Each(torch.autograd.Function):
             return *_gradients(ctx, nll, (hidden, weight, bias), gradient), None
         sums = _Sums(hidden, weight, bias, ctx.needs_input_grad[:3])
         with no_autocast(hidden):
-            for x, logits, label, norm, g in _chunks(hidden, weight, bias, labels, total, gradient):
-                off = logits.sub_(norm).exp_().mul_(g.sum(dim=1, keepdim=True))
+            for x, logits, label, norm, g in chunks_of(
+                hidden, weight, bias, labels, total, gradient
+            ):
+                off = fp32(logits).sub_(norm).exp_().mul_(g.sum(dim=1, keepdim=True))
                 sums.add(off.scatter_add_(1, label, -g), x, None)
             return *sums.found(), None
 
@@ -156,8 +162,10 @@ class _Sums:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any) -> None:
         to_hidden, to_weight, to_bias = wanted
-        self.dtypes = weight.dtype, None if bias is None else bias.dtype
-        (self.head, _), dtype = in_dtype(hidden.dtype, weight, bias), fp32(hidden[:0]).dtype
+        # a sum over positions may be more than fp16 holds, before it is divided by their number
+        self.kept = torch.promote_types(weight.dtype, torch.bfloat16)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.head, self.to = for_products(weight, hidden.dtype), hidden.dtype
         self.hidden: list[Tensor] | None = [] if to_hidden else None
         self.weight = torch.zeros_like(weight, dtype=dtype) if to_weight else None
         self.bias = weight.new_zeros(len(weight), dtype=dtype) if to_bias else None
@@ -169,22 +177,22 @@ class _Sums:
         off = off.to(x.dtype)
         if self.hidden is not None:
             to_x = off @ self.head
-            self.hidden.append(to_x if weights is None else to_x * weights[:, None].to(x.dtype))
+            to_x = to_x if weights is None else to_x * weights[:, None].to(x.dtype)
+            self.hidden.append(to_x.to(self.to))
         if self.weight is None:
             return
         x = x if weights is None else x * weights[:, None].to(x.dtype)
         if x.dtype == self.weight.dtype:
-            self.weight.addmm_(off.t(), x)
+            torch.addmm(self.weight, off.t(), x, out=self.weight)
         else:
             self.weight += off.t() @ x
 
     def found(self) -> tuple[Tensor | None, ...]:
         """Of the hidden states, the weight and the bias; None where not wanted."""
-        weight, bias = self.dtypes
         return (
             None if self.hidden is None else torch.cat(self.hidden),
-            None if self.weight is None else self.weight.to(weight),
-            None if self.bias is None else self.bias.to(bias),
+            None if self.weight is None else self.weight.to(self.kept),
+            None if self.bias is None else self.bias.to(self.kept),
         )
 
 
@@ -199,7 +207,8 @@ def _sweep(
     """The weighted sum, the most probable words, and the gradients that are wanted."""
     total, best, sums = fp32(hidden[:0]).sum(), [], _Sums(hidden, weight, bias, wanted)
     more = () if weights is None else (weights,)
-    for x, logits, label, *given in _chunks(hidden, weight, bias, labels, *more):
+    for x, logits, label, *given in chunks_of(hidden, weight, bias, labels, *more):
+        logits = fp32(logits)
         highest, word = logits.max(dim=1, keepdim=True)
         true = logits.gather(1, label)
         mass = logits.sub_(highest).exp_()
@@ -212,16 +221,6 @@ def _sweep(
             off.scatter_add_(1, label, off.new_full(label.shape, -1.0))
             sums.add(off, x, given[0] if given else None)
     return total, torch.cat(best), sums.found() if any(wanted) else (None,) * 3
-
-
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *more: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states, their logits in fp32 or better, and more, some rows at a time."""
-    head, size = in_dtype(hidden.dtype, weight, bias), rows_at_a_time(weight)
-    parts = zip(*(torch.split(part, size) for part in (hidden, *more)), strict=True)
-    for x, *rest in parts:
-        yield x, fp32(F.linear(x, *head)), *rest
 
 
 def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
