@@ -27,14 +27,17 @@ def plain_step(
     ones, zeros = latents.new_ones(len(latents)), latents.new_zeros(len(latents))
     masked = tokens.masked_fill(mask, mask_id)
 
+    def run(*inputs: Tensor, **state: Tensor) -> tuple[Tensor, Tensor]:
+        output: Any = network(*inputs, **state, attention_mask=mask)
+        logits = output.logits  # a network written without the library leaves none unread
+        return getattr(logits, "read", lambda: logits)(), output.latent_prediction
+
     def decode(z: Tensor) -> Tensor:
-        output: Any = network(masked, z, text_time=ones, latent_time=zeros, attention_mask=mask)
-        return output.logits
+        return run(masked, z, text_time=ones, latent_time=zeros)[0]
 
     def encode(text: Tensor) -> Tensor:
         noise = torch.empty_like(latents).normal_(generator=generator)
-        output: Any = network(text, noise, text_time=zeros, latent_time=ones, attention_mask=mask)
-        return -output.latent_prediction.float()
+        return -run(text, noise, text_time=zeros, latent_time=ones)[1].float()
 
     def cross_entropy(logits: Tensor) -> Tensor:
         targets = tokens.masked_fill(~mask, -100)

@@ -19,6 +19,9 @@ class LatentPrefix(nn.Module):
 
     def __init__(self, model: PreTrainedModel, latent_dim: int) -> None:
         super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            model.set_output_embeddings(cv.TextHead.of(head))  # no logits before they are read
         self.model = model
         width = model.get_input_embeddings().weight.shape[1]  # also of an adapter
         self.latent_in = nn.Linear(latent_dim, width)

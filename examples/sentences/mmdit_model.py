@@ -8,7 +8,7 @@ from mmdit.mmdit_generalized_pytorch import MMDiT
 from model import JointTransformer
 from torch import Tensor, nn
 
-from cyclevae import Denoised, embed_tokens
+from cyclevae import Denoised, embed_tokens, unread_logits
 
 
 class MMDiTDenoiser(nn.Module):
@@ -69,7 +69,7 @@ class MMDiTDenoiser(nn.Module):
             time_cond=self.times(torch.stack([text_time, latent_time], dim=1)),
         )
         return Denoised(
-            logits=None if need == "latents" else self.text_head(text),
+            logits=None if need == "latents" else unread_logits(self.text_head, text),
             latent_prediction=None if need == "logits" else self.latent_head(latent[:, 0]),
         )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cyclevae import Denoised, embed_tokens
+from cyclevae import Denoised, embed_tokens, unread_logits
 
 
 class JointTransformer(nn.Module):
@@ -63,7 +63,7 @@ class JointTransformer(nn.Module):
         text = text + self.text_time(text_time[:, None])[:, None]
         times = torch.stack([text_time, latent_time], dim=1)
         text, latent = self.attend(text + latent[:, None], latent, times, attention_mask)
-        logits = None if need == "latents" else self.text_head(text)
+        logits = None if need == "latents" else unread_logits(self.text_head, text)
         if need == "logits":
             return Denoised(logits, None)
         keep = attention_mask[..., None]

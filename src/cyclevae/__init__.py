@@ -38,7 +38,7 @@ from cyclevae.model.guidance import guided, without_condition
 from cyclevae.model.maker import Maker
 from cyclevae.model.passes import l2t, l2t_and_t2l, t2l
 from cyclevae.model.teacher import Teacher
-from cyclevae.model.unread import UnreadLogits, unread_logits
+from cyclevae.model.unread import TextHead, UnreadLogits, unread_logits
 from cyclevae.objective.batch import Batch, collate
 from cyclevae.objective.in_turn import Phases
 from cyclevae.objective.module import StepModule
@@ -125,6 +125,7 @@ __all__ = [  # noqa: RUF022 - in the order of `dir`
     "Term",
     "Text",
     "TextBridge",
+    "TextHead",
     "TextMarginal",
     "TextProcess",
     "TimePolicy",

@@ -133,7 +133,7 @@ def test_passes(count, options):
 
 
 @pytest.mark.parametrize("clusters", [0, 4])
-def test_text_heads_run_where_logits_are_read(clusters):
+def test_text_heads_run_on_no_position(clusters):
     trainer, shapes = cycle(cluster_size=clusters), []
     heads = [trainer.model.text_head, *([trainer.model.text_head_clusters] if clusters else [])]
     for head in heads:
@@ -143,13 +143,22 @@ def test_text_heads_run_where_logits_are_read(clusters):
     assert loss.isfinite() and metrics["text_loss"] > 0
     assert all(len(output) == 2 + bool(clusters) for output in passes.outputs)
     full, none = (4, 12, 40), (4, 0, 40)
-    assert sorted(shapes) == [none] * 2 * len(heads) + [full] * 2 * len(heads)
-    for call, output in zip(passes.calls, passes.outputs, strict=True):
-        encodes = bool((call["latent_timesteps"] == 1).all())
-        assert tuple(output[0].shape) == (none if encodes else full)
+    assert shapes == [none] * 4 * len(heads)
+    assert all(tuple(output[0].shape) == none for output in passes.outputs)
     call = {key: value.to(torch.float32) for key, value in passes.calls[0].items()}
     call["text_tokens"] = passes.calls[0]["text_tokens"]
     assert trainer.model(**call)[0].shape == full
+
+
+def test_unread_logits_teach_what_logits_do():
+    found = []
+    for unread in (True, False):
+        trainer = cycle()
+        if not unread:
+            trainer._plain.head = None
+        loss, _ = step(trainer, make_batch())
+        found.append((loss.detach(), gradients(trainer)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_a_failed_pass_leaves_the_heads_as_they_were():

@@ -120,6 +120,13 @@ class UnreadLogits:
         return function(*args, **kwargs)
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda logits, *others: getattr(logits.read(), name)(*map(read_logits, others))
+
+
+for _name in ("add", "sub", "mul", "truediv", "neg", "eq", "lt", "gt", "le", "ge", "ne"):
+    setattr(UnreadLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
 AnyLogits = Logits | UnreadLogits
 
 
@@ -188,11 +195,55 @@ def unread_logits(head: nn.Module, hidden: Float[Tensor, "b s h"]) -> AnyLogits:
         True
     """
     check_tensor("hidden", hidden)
-    if not _is_plain(head) or transformed(hidden):
-        logits: Logits = head(hidden)
-        return logits
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    bias: Tensor | None = head.bias  # type: ignore[assignment]
+    plain = type(head).forward is nn.Linear.forward and not transformed(hidden)
+    if isinstance(head, nn.Linear) and plain and is_nothing_else(head):
+        return left_unread(head, hidden)
+    logits: AnyLogits = head(hidden)
+    return logits
+
+
+class TextHead(nn.Linear):
+    """An `nn.Linear` whose logits stay unread: `unread_logits(head, hidden)`, as a module.
+
+    For networks that call their head somewhere inside, and hand its logits on as they are:
+    `model.set_output_embeddings(cyclevae.TextHead.of(model.get_output_embeddings()))`.
+
+    Examples:
+        >>> head = nn.Linear(4, 10)
+        >>> same = TextHead.of(head)
+        >>> same.weight is head.weight, list(same.state_dict())
+        (True, ['weight', 'bias'])
+        >>> same(torch.randn(2, 3, 4))
+        UnreadLogits(shape=[2, 3, 10], dtype=torch.float32)
+    """
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> "TextHead":
+        """A head of the same parameters.
+
+        Raises:
+            TypeError: another head than a plain `nn.Linear`, whose logits are made otherwise.
+        """
+        if type(head) is not nn.Linear:
+            raise TypeError(
+                f"`head` must be an nn.Linear, got {type(head).__name__}, whose logits may be more "
+                "than its weight says: leave it as it is"
+            )
+        made = cls(head.in_features, head.out_features, bias=False, device="meta")
+        made.weight, made.bias = head.weight, head.bias
+        return made.train(head.training)
+
+    def forward(self, hidden: Tensor) -> AnyLogits:  # type: ignore[override]
+        """The logits, unread; read where a hook of the head looks at them."""
+        if is_nothing_else(self) and not transformed(hidden):
+            return left_unread(self, hidden)
+        return super().forward(hidden)
+
+
+def left_unread(head: nn.Linear, hidden: Tensor) -> UnreadLogits:
+    """What a linear head would read, and aliases of its parameters."""
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
     # Aliases with a node of their own, by which DDP finds the parameters, and on which FSDP2 may
     # leave its hooks.
     weight = weight.view_as(weight)
@@ -209,15 +260,12 @@ def unread_logits(head: nn.Module, hidden: Float[Tensor, "b s h"]) -> AnyLogits:
     return UnreadLogits(hidden.to(dtype), weight, bias)
 
 
-def _is_plain(head: Any) -> bool:
-    """Whether a head is nothing but its weight and bias."""
+def is_nothing_else(head: Any) -> bool:
+    """Whether a linear head is nothing but its weight and bias."""
     return (
-        isinstance(head, nn.Linear)
-        and type(head).forward is nn.Linear.forward
-        and "forward" not in vars(head)
+        "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and not (head._backward_hooks or head._backward_pre_hooks)
-        and isinstance(head.weight, Tensor)
         and not hasattr(head.weight, "full_tensor")  # sharded: its unit must be entered
     )
 

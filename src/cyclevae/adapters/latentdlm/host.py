@@ -10,6 +10,7 @@ from cyclevae._base import checks
 from cyclevae._base.types import Latents, Mask, Need, Prediction, Time, Tokens
 from cyclevae.gradient_policy.roles import Roles, matches
 from cyclevae.model.denoiser import Denoised
+from cyclevae.model.unread import AnyLogits, left_unread
 from cyclevae.processes.ids import TaughtPadding
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.text import TextProcess
@@ -27,9 +28,9 @@ def this_rank() -> int:
 class HostDenoiser:
     """A `Denoiser` around the host's model, called by its own names.
 
-    Times stay in fp32 up to the call, where they are rounded as the host rounds them. A pass whose
-    logits nobody reads runs its text heads on no position: 18 % of the host's FLOPs at a vocabulary
-    of 30,522.
+    Times stay in fp32 up to the call, where they are rounded as the host rounds them. The text
+    heads run on no position: 18 % of the host's FLOPs at a vocabulary of 30,522, in a pass whose
+    logits nobody reads. Of the others the losses read what the head was given, and its weight.
 
     Attributes:
         network: the model.
@@ -48,9 +49,16 @@ class HostDenoiser:
         )
         self.dtype = next(model.parameters()).dtype
         self.unread = False
+        self.read: Tensor | None = None  # what the head was given
+        self.head: nn.Linear | None = None  # of which logits may be left unread
         for name in _HEADS:
             head = getattr(model, name, None)
             if isinstance(head, nn.Linear):
+                plain = type(head) is nn.Linear and not (
+                    head._forward_hooks or head._forward_pre_hooks
+                )
+                if name == _HEADS[0] and plain:
+                    self.head = head
                 head.register_forward_pre_hook(self._skip)
 
     def denoise(
@@ -66,7 +74,7 @@ class HostDenoiser:
         """One forward of the model: see `Denoiser.denoise`."""
         if tokens.is_floating_point():
             raise TypeError("the host's text encoder reads ids, and a relaxed text is none")
-        self.unread = need == "latents"
+        self.unread, self.read = need == "latents" or self.head is not None, None
         try:
             output = self.network(
                 text_tokens=tokens,
@@ -80,11 +88,16 @@ class HostDenoiser:
         prediction = output[1]  # a third output are logits of clusters
         if prediction.ndim == 3:
             prediction = prediction.squeeze(1)
-        return Denoised(
-            None if need == "latents" else output[0], None if need == "logits" else prediction
-        )
+        logits: AnyLogits | None = None
+        if need != "latents":
+            logits = output[0]
+            if self.head is not None and self.read is not None:
+                logits, self.read = left_unread(self.head, self.read), None
+        return Denoised(logits, None if need == "logits" else prediction)
 
     def _skip(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if head is self.head:
+            self.read = inputs[0]
         return (inputs[0][:, :0],) if self.unread else None
 
 
