@@ -63,6 +63,9 @@ def meta(examples):
     return cv.as_denoiser(network), pairs(4, 16, 1000, 16, META)
 
 
+HEAD = 2 * 4 * 16 * 32 * 1000  # FLOPs of the text head over all positions of `meta`
+
+
 def bare(denoiser, batch, *needs):
     """FLOPs of bare passes and their backward."""
     tokens, mask, latents = batch[:3]
@@ -92,14 +95,17 @@ def test_a_step_costs_its_passes(meta, options, needs):
     o = objective(1000, **options)
     found = flops(lambda: o(denoiser, batch, step=0).loss.backward())
     assert o.passes(0) == len(needs)
-    assert found == pytest.approx(bare(denoiser, batch, *needs), rel=1e-3)
+    # a pass that teaches and writes reads its logits twice
+    again = HEAD if options.get("cycle_latent_weight") is None else 0
+    assert found == pytest.approx(bare(denoiser, batch, *needs) + again, rel=1e-3)
 
 
-def test_a_joined_pass_costs_the_heads_of_all_rows(meta):
+def test_a_joined_pass_costs_the_latent_head_of_all_rows(meta):
     denoiser, batch = meta
     options = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0, "join_passes": True}
     found = flops(lambda: objective(1000, **options)(denoiser, batch, step=0).loss.backward())
-    assert found == pytest.approx(bare(denoiser, batch, "both", "both"), rel=1e-3)
+    unread = 3 * HEAD  # of the rows that are encoded
+    assert found == pytest.approx(bare(denoiser, batch, "both", "both") - unread, rel=1e-3)
 
 
 # Against the step that one writes without the library
