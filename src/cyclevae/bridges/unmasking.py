@@ -102,7 +102,6 @@ def write_words(
 
     Each part is what it would be alone.
     """
-
     size = len(mask) // len(generators)
 
     def by_part(draw: Callable[..., Tokens], *rows: Any) -> Tokens:

@@ -11,7 +11,7 @@ from cyclevae._base.precision import fp32
 from cyclevae._base.types import Latents, Mask, MaskLike, Number, Time, Tokens
 from cyclevae.bridges.latent import ONE_SHOT, LatentBridge, encode_text
 from cyclevae.gradient_policy.contexts import detach
-from cyclevae.losses.cross_entropy import token_nll
+from cyclevae.losses.token_loss import nll
 from cyclevae.model.denoiser import Denoiser
 from cyclevae.model.door import at_the_door
 from cyclevae.model.evaluation import evaluated
@@ -202,7 +202,7 @@ def weigh(
         logits = l2t(
             denoiser, part.flatten(0, 1), rows[0], text_process=text_process, tokens=rows[1]
         )
-        nats.append(token_nll(logits, *rows[2:]).sum(dim=1).view(-1, k))
+        nats.append(nll(logits, *rows[2:]).sum(dim=1).view(-1, k))
     scores = fp32(log_prior) - likelihood * torch.cat(nats, dim=1)
     if z_hat is not None:
         off = fp32(candidates) - fp32(z_hat)[:, None]

@@ -1,7 +1,7 @@
 """Several texts of a latent, of which the encoder chooses."""
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -22,6 +22,7 @@ from cyclevae.model.door import at_the_door
 from cyclevae.model.evaluation import evaluated
 from cyclevae.model.padding import tell_latent_mask
 from cyclevae.model.passes import l2t
+from cyclevae.model.unread import UnreadLogits
 from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.noise import draw_noise
 from cyclevae.processes.text import TextProcess
@@ -199,6 +200,8 @@ def _masks(
     return mask.expand(samples, *mask.shape)
 
 
-def _repeated(rows: Tensor, times: int) -> Tensor:
+def _repeated(rows: Any, times: int) -> Any:
     """All rows, so many times one after the other."""
+    if isinstance(rows, UnreadLogits):
+        return rows.with_hidden(_repeated(rows.hidden, times))
     return rows.repeat(times, *[1] * (rows.ndim - 1))
