@@ -4,6 +4,10 @@ from cyclevae.diagnostics.chance import Chance as Chance
 from cyclevae.diagnostics.cheat import CheatTest as CheatTest
 from cyclevae.diagnostics.cheat import Treatment as Treatment
 from cyclevae.diagnostics.cheat import cheat_test as cheat_test
+from cyclevae.diagnostics.cost import PassCost as PassCost
+from cyclevae.diagnostics.cost import StepCost as StepCost
+from cyclevae.diagnostics.cost import TermCost as TermCost
+from cyclevae.diagnostics.costing import step_cost as step_cost
 from cyclevae.diagnostics.health import LatentHealth as LatentHealth
 from cyclevae.diagnostics.health import Retrieval as Retrieval
 from cyclevae.diagnostics.health import latent_health as latent_health
