@@ -9,11 +9,12 @@ unexport PYTHONDONTWRITEBYTECODE  # what is imported is compiled then: compiling
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
-.PHONY: help demo recipes bench ablation ablation-full ablation-quick pitfalls evidence test test-hooked test-slow test-min test-host lint docs dist ci mutate clean
+.PHONY: help demo recipes bench gpu ablation ablation-full ablation-quick pitfalls evidence test test-hooked test-slow test-min test-host lint docs dist ci mutate clean
 
 help:
 	@echo "make demo   train on real sentences with and without the cycles (ARGS=--quick: 90 s)"
 	@echo "make bench  times and bytes against other code, side by side (ARGS=--quick: a minute)"
+	@echo "make gpu    all that a GPU is needed for, in eight minutes"
 	@echo "make ablation   what cycles gain, five seeds (2.5 h on 2 cores; -quick: 10 min; -full: all)"
 	@echo "make recipes   every training loop of docs/recipes on the same data, and their table"
 	@echo "make pitfalls   fall into each pitfall of docs/pitfalls.md, and out again"
@@ -32,6 +33,9 @@ demo: .venv/demo
 
 bench: .venv/bench
 	@$(BIN)/python examples/bench/bench.py $(ARGS)
+
+gpu: .venv/test .venv/bench
+	@$(BIN)/python examples/bench/gpu.py $(ARGS)
 
 ablation: .venv/demo
 	@$(BIN)/python examples/ablation/ablation.py $(ARGS)

@@ -15,6 +15,9 @@ settings.register_profile("fast", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+if device := os.environ.get("CYCLEVAE_DEVICE"):  # make gpu: where tests put what they make
+    torch.set_default_device(device)
+
 CASES = 2  # of each test, under the hook
 
 # as modules of doctests, they would be several of one name

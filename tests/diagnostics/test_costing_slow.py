@@ -281,3 +281,18 @@ def test_what_is_no_step_is_refused():
         step_cost(
             cv.StepModule(denoiser, cv.CycleObjective(*processes, [cv.Text(weight=0)])), batch
         )
+
+
+def test_blocks_that_checkpoint_run_again_on_meta():
+    """Where autograd runs a block again, in which no mode of the forward is left."""
+    told = []
+    for wrap in (lambda denoiser: denoiser, cv.checkpoint_passes):
+        network = LLaDA(100, 8, width=16, depth=2, heads=2, inner=32)
+        tokens = torch.randint(3, 100, (2, 32))
+        batch = cv.Batch(tokens, torch.ones_like(tokens), torch.randn(2, 8))
+        processes = cv.TextProcess(2, 100), cv.LatentProcess()
+        objective = cv.CycleObjective(*processes, [cv.Text(time=1.0), cv.Latent()])
+        told.append(step_cost(cv.StepModule(wrap(cv.as_denoiser(network)), objective), batch))
+    plain, again = told
+    assert again.backward == plain.backward + plain.forward
+    assert again.live < 0.8 * plain.live

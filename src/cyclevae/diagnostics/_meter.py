@@ -171,6 +171,17 @@ def _new_shapes(function: Any, args: tuple[Any, ...], output: Any) -> list[Any]:
 class FusedAttention(TorchFunctionMode):
     """Attention on meta as a GPU runs it, which keeps no scores; torch would write them out."""
 
+    entered = False
+
+    def __enter__(self) -> "FusedAttention":
+        self.entered = True
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.entered = False
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self,
         function: Callable[..., Any],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cyclevae._base import checks
 from cyclevae._base.types import AnyTokens, Latents
-from cyclevae.diagnostics._meter import IN_BACKWARD, FusedAttention, Meter
+from cyclevae.diagnostics._meter import IN_BACKWARD, Meter
 from cyclevae.diagnostics._twin import meta_twin
 from cyclevae.diagnostics.cost import PassCost, StepCost, TermCost
 from cyclevae.model.denoiser import Denoised, Denoiser
@@ -130,7 +130,7 @@ class _Metered:
         self.meter.own([tokens, latents], term)
         direction = _DIRECTIONS[state.get("need", "both")]
         this = _Pass(len(self.learning), str(term), direction, *tokens.shape[:2])
-        with self.meter.owned_by(this), _network_runs(self.denoiser.module):
+        with self.meter.owned_by(this), _refusing(self.denoiser.module):
             output: Denoised = self.denoiser.denoise(tokens, latents, **state)
         self.meter.own(output, this)
         parts = [part for part in output if isinstance(part, Tensor)]
@@ -173,7 +173,7 @@ def _run(
             step=step,
             teacher=None if teacher is None else _Metered(teacher, meter, learning),
         )
-        with _network_runs(denoiser.module):  # again, where it checkpoints
+        with _refusing(denoiser.module):  # again, where it checkpoints
             meter.run_backward(output.loss)
     passes = tuple(
         [
@@ -227,11 +227,10 @@ def _on_meta(denoiser: Denoiser, dtype: torch.dtype | None) -> Any:
 
 
 @contextmanager
-def _network_runs(network: nn.Module) -> Iterator[None]:
-    """On meta; where it fails there, say which part of it and why."""
+def _refusing(network: nn.Module) -> Iterator[None]:
+    """Where it fails on meta, say which part of it and why."""
     try:
-        with torch.device("meta"), FusedAttention():
-            yield
+        yield
     except Exception as error:
         names = {id(part): name for name, part in network.named_modules()}
         where = [
