@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 IN_BACKWARD = object()
 _OWNER = "cyclevae owner"
@@ -73,7 +72,10 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # which imports much
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self._formulas = flop_registry
         self.storages = Storages()
         self.owner: Hashable = None
         self.forward: Counter[Hashable] = Counter()
@@ -93,7 +95,7 @@ class Meter(TorchDispatchMode):
         if not made:  # of the host, as tables that are made once
             return output
         self.storages.meet(made, owner=IN_BACKWARD if self._backward else self.owner)
-        count = flop_registry.get(function.overloadpacket)
+        count = self._formulas.get(function.overloadpacket)
         if count is not None and self.owner is not None:  # nobody's are checks of a first step
             flops = self.backward if self._backward else self.forward
             flops[self.owner] += count(*args, **kwargs, out_val=output)
