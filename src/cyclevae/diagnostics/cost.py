@@ -19,6 +19,10 @@ class PassCost:
         forward: FLOPs of its forward.
         backward: FLOPs of its backward, and of what is computed again there.
         live: bytes of its forward's making that are alive at the peak of the step.
+
+    Examples:
+        >>> PassCost("L2T", "text", 3, 5, True, forward=984, backward=1920, live=840).flops
+        2904
     """
 
     direction: str
@@ -29,6 +33,11 @@ class PassCost:
     forward: int
     backward: int
     live: int
+
+    @property
+    def flops(self) -> int:
+        """Of the whole pass."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,10 @@ class TermCost:
         backward: FLOPs of the backward.
         live: bytes of their forward's making that are alive at the peak of the step.
         own: those of them that are of its loss, and not of a pass.
+
+    Examples:
+        >>> TermCost(passes=1, forward=984, backward=1920, live=1111, own=271).passes
+        1
     """
 
     passes: int
