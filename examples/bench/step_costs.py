@@ -70,8 +70,9 @@ def main() -> None:
             module = cv.StepModule(wrap(cv.as_denoiser(network)), objective)
             cost = step_cost(module, batch, dtype=torch.bfloat16)
             if not number or quick:
-                print(row("one L2T step", alone(cost), alone(cost)))
-            print(row(variant, cost, alone(cost)))
+                one = alone(cost)
+                print(row("one L2T step", one, one))
+            print(row(variant, cost, one))
             if variant == "the recipe":
                 recipe = cost
         print(f"\n```text\n{recipe}\n```")
