@@ -91,7 +91,11 @@ def _picked(
 
 
 class _Sum(torch.autograd.Function):
-    """The weighted sum, with its gradient computed beside it."""
+    """The weighted sum, with its gradient computed beside it.
+
+    The first backward hands that on, scaled in place, so that no second one of the size of the
+    weight is made; a further backward of a graph that was kept sweeps again.
+    """
 
     @staticmethod
     def forward(
@@ -104,22 +108,24 @@ class _Sum(torch.autograd.Function):
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
-        with no_autocast(hidden):
-            total, best, gradients = _sweep(hidden, weight, bias, labels, weights, wanted)
+        total, best, ctx.found = _sweep(hidden, weight, bias, labels, weights, wanted)
         ctx.mark_non_differentiable(best)
-        if learns:
-            ctx.save_for_backward(hidden, weight, bias, labels, weights, *gradients)
+        ctx.save_for_backward(hidden, weight, bias, labels, weights)
         return total, best
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, weights, *found = ctx.saved_tensors
+        hidden, weight, bias, labels, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative may follow
             nll = _plain(hidden, weight, bias, labels)[:, 0]
             total = (nll if weights is None else nll * weights).sum()
             return *_gradients(ctx, total, (hidden, weight, bias), gradient), None, None, None
+        found, ctx.found = ctx.found, None
+        if found is None:
+            wanted = list(ctx.needs_input_grad[:3])
+            found = _sweep(hidden, weight, bias, labels, weights, wanted)[2]
         scaled = [
-            None if part is None else (part * gradient).to(like.dtype)
+            None if part is None else part.mul_(gradient).to(like.dtype)
             for part, like in zip(found, (hidden, weight, bias), strict=True)
         ]
         return *scaled, None, None, None
@@ -205,22 +211,23 @@ def _sweep(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The weighted sum, the most probable words, and the gradients that are wanted."""
-    total, best, sums = fp32(hidden[:0]).sum(), [], _Sums(hidden, weight, bias, wanted)
-    more = () if weights is None else (weights,)
-    for x, logits, label, *given in chunks_of(hidden, weight, bias, labels, *more):
-        logits = fp32(logits)
-        highest, word = logits.max(dim=1, keepdim=True)
-        true = logits.gather(1, label)
-        mass = logits.sub_(highest).exp_()
-        norm = mass.sum(dim=1, keepdim=True)
-        nll = (highest - true + norm.log()).squeeze(1)
-        best.append(word.squeeze(1))
-        total = total + (nll @ given[0].to(nll.dtype) if given else nll.sum())
-        if any(wanted):
-            off = mass.div_(norm)
-            off.scatter_add_(1, label, off.new_full(label.shape, -1.0))
-            sums.add(off, x, given[0] if given else None)
-    return total, torch.cat(best), sums.found() if any(wanted) else (None,) * 3
+    with no_autocast(hidden):
+        total, best, sums = fp32(hidden[:0]).sum(), [], _Sums(hidden, weight, bias, wanted)
+        more = () if weights is None else (weights,)
+        for x, logits, label, *given in chunks_of(hidden, weight, bias, labels, *more):
+            logits = fp32(logits)
+            highest, word = logits.max(dim=1, keepdim=True)
+            true = logits.gather(1, label)
+            mass = logits.sub_(highest).exp_()
+            norm = mass.sum(dim=1, keepdim=True)
+            nll = (highest - true + norm.log()).squeeze(1)
+            best.append(word.squeeze(1))
+            total = total + (nll @ given[0].to(nll.dtype) if given else nll.sum())
+            if any(wanted):
+                off = mass.div_(norm)
+                off.scatter_add_(1, label, off.new_full(label.shape, -1.0))
+                sums.add(off, x, given[0] if given else None)
+        return total, torch.cat(best), sums.found() if any(wanted) else (None,) * 3
 
 
 def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
