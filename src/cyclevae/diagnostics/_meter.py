@@ -11,19 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 IN_BACKWARD = object()
 _OWNER = "cyclevae owner"
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among values, and in lists, tuples and unread logits of them."""
+    yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 class Storages:

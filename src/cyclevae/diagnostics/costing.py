@@ -8,11 +8,11 @@ from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cyclevae._base import checks
 from cyclevae._base.types import AnyTokens, Latents
-from cyclevae.diagnostics._meter import IN_BACKWARD, Meter
+from cyclevae.diagnostics._meter import IN_BACKWARD, Meter, tensors_in
 from cyclevae.diagnostics._twin import meta_twin
 from cyclevae.diagnostics.cost import PassCost, StepCost, TermCost
 from cyclevae.model.denoiser import Denoised, Denoiser
@@ -133,8 +133,7 @@ class _Metered:
         with self.meter.owned_by(this), _refusing(self.denoiser.module):
             output: Denoised = self.denoiser.denoise(tokens, latents, **state)
         self.meter.own(output, this)
-        parts = [part for part in output if isinstance(part, Tensor)]
-        self.learning[this] = any(part.requires_grad for part in parts)
+        self.learning[this] = any(part.requires_grad for part in tensors_in(output))
         return output
 
 
