@@ -314,5 +314,6 @@ def _log_race(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _one_hot(words: Tokens, soft: RelaxedTokens) -> RelaxedTokens:
     """One-hot words with the gradient of `soft`."""
-    one_hot = torch.zeros_like(soft).scatter_(-1, words[..., None], 1.0)
+    own = soft.detach().gather(-1, words[..., None])
+    one_hot = torch.zeros_like(soft).scatter_(-1, words[..., None], 1 + (own - own))  # or NaN
     return once(soft, "a straight-through text", value=one_hot)
