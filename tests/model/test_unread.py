@@ -12,7 +12,7 @@ import cyclevae as cv
 from counters import HostSyncs, PeakBytes, SavedBytes
 from cyclevae.diagnostics import cycle_report
 from cyclevae.model.linear_cross_entropy import each_nll, swept
-from cyclevae.model.unread import rows_at_a_time
+from cyclevae.model.sweep import rows_at_a_time
 from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch
 from unread import UnreadToy
 

@@ -21,7 +21,8 @@ from cyclevae._base.types import Logits, Mask, MaskLike, Number, RelaxedTokens, 
 from cyclevae.model.chunks import chunk_of
 from cyclevae.model.door import at_the_door
 from cyclevae.model.linear_cross_entropy import each_nll
-from cyclevae.model.unread import AnyLogits, UnreadLogits, over_rows, read_logits, readable
+from cyclevae.model.sweep import over_rows
+from cyclevae.model.unread import AnyLogits, UnreadLogits, read_logits, readable
 from cyclevae.processes.text import TextProcess
 
 _BLOCK = 256  # words: near the square root of usual vocabularies

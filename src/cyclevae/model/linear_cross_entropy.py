@@ -13,14 +13,8 @@ from torch import Tensor
 
 from cyclevae._base.precision import fp32, no_autocast
 from cyclevae._base.types import Mask, Tokens
-from cyclevae.model.unread import (
-    UnreadLogits,
-    check_held,
-    chunks_of,
-    for_products,
-    in_dtype,
-    kept_rows,
-)
+from cyclevae.model.sweep import chunks_of, for_products, kept_rows
+from cyclevae.model.unread import UnreadLogits, check_held, in_dtype
 
 
 class Swept(NamedTuple):

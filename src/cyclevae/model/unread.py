@@ -4,7 +4,7 @@ At a vocabulary of 126,464 the logits of 4,096 positions are a gigabyte in bf16.
 accuracies need them some rows at a time, at the positions that count.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cyclevae._base.checks import check_tensor, reads_values
+from cyclevae._base.checks import check_tensor
 from cyclevae._base.derivatives import transformed
 from cyclevae._base.precision import no_autocast
-from cyclevae._base.types import Logits, Mask
+from cyclevae._base.types import Logits
 
 
 @dataclass(eq=False, repr=False)
@@ -277,27 +277,6 @@ def in_dtype(
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def for_products(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a dtype, in that of the products of matrices.
-
-    On a CPU that is fp32 for half precision, of which most have no units: several times faster.
-    """
-    half = tensor.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    return tensor.to(dtype).float() if half else tensor.to(dtype)
-
-
-def chunks_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *more: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states `[n, h]`, their logits, and more, some rows at a time."""
-    dtype, size = hidden.dtype, rows_at_a_time(weight)
-    matrix = for_products(weight, dtype)
-    shift = None if bias is None else for_products(bias, dtype)
-    for x, *rest in zip(*(torch.split(part, size) for part in (hidden, *more)), strict=True):
-        x = for_products(x, dtype)
-        yield x, F.linear(x, matrix, shift).to(dtype), *rest
-
-
 def check_held(weight: Tensor) -> None:
     """Refuse a weight whose memory FSDP2 has given back: its kernels would read nothing.
 
@@ -313,39 +292,3 @@ def check_held(weight: Tensor) -> None:
             "fully_shard(..., reshard_after_forward=False) on the unit that holds it, or return "
             "its logits in place of unread ones"
         )
-
-
-def rows_at_a_time(weight: Tensor) -> int:
-    """Of the logits: so many that they are half as large as the weight, within bounds."""
-    return min(max(weight.shape[1] // 2, 128), 1024)
-
-
-def kept_rows(mask: Mask) -> Tensor | None:
-    """The numbers of the positions `[b s]` that count; None where the device alone knows them."""
-    flat = mask.flatten()
-    if flat.device.type != "cpu" or not reads_values(flat):
-        return None
-    return flat.nonzero().squeeze(1)
-
-
-def over_rows(
-    logits: UnreadLogits, mask: Mask, function: Callable[..., Tensor], *more: Tensor
-) -> Tensor:
-    """A function of logits `[n, v]` and more `[n, ...]`, where the mask is True; 0 elsewhere.
-
-    Without a graph: `[b, s]` of what the function gives for each row.
-    """
-    check_held(logits.weight)
-    hidden, rows = logits.hidden.detach().flatten(0, -2), kept_rows(mask)
-    if rows is not None:
-        hidden, more = hidden[rows.to(hidden.device)], tuple([part[rows] for part in more])
-    found = []
-    with torch.no_grad(), no_autocast(hidden):
-        for _, *parts in chunks_of(hidden, logits.weight, logits.bias, *more):
-            found.append(function(*parts))
-    result = torch.cat(found)
-    if rows is not None:
-        result = result.new_zeros(mask.numel()).index_copy_(0, rows.to(result.device), result)
-    else:
-        result = torch.where(mask.flatten(), result, torch.zeros_like(result))
-    return result.view(mask.shape)
