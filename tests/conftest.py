@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 if device := os.environ.get("CYCLEVAE_DEVICE"):  # make gpu: where tests put what they make
     torch.set_default_device(device)
 
-CASES = 2  # of each test, under the hook
-
 # as modules of doctests, they would be several of one name
 collect_ignore = [
     "conftest.py",
@@ -34,16 +31,15 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the hooked run, which checks shapes and dtypes, the first cases of each test alone."""
+    """Of the hooked run, which checks shapes and dtypes, the first case of each test alone."""
     if not config.getoption("jaxtyping_packages", None):
         return
-    seen, more = Counter(), []
+    first, more = {}, []
     for item in items:
-        seen[test := item.nodeid.partition("[")[0]] += 1
-        more += [item] if seen[test] > CASES else []
+        if first.setdefault(item.nodeid.partition("[")[0], item) is not item:
+            more.append(item)
     config.hook.pytest_deselected(items=more)
-    left_out = set(more)
-    items[:] = [item for item in items if item not in left_out]
+    items[:] = first.values()
 
 
 def pytest_itemcollected(item):

@@ -42,7 +42,7 @@ def toy_module(objective, wrap=lambda denoiser: denoiser):
 # FLOPs, to the last
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "checkpointed"])
+@pytest.mark.parametrize("name", [*[*RECIPES][::4], "checkpointed"])  # some: each takes seconds
 def test_flops_are_those_of_the_step_that_runs(name):
     objective = recipe(RECIPES.get(name, {}))
     wrap = cv.checkpoint_passes if name == "checkpointed" else lambda denoiser: denoiser
