@@ -42,7 +42,9 @@ CASES = [(bridge, "plain") for bridge in BRIDGES] + [
 ]
 
 
-@pytest.mark.parametrize(("bridge", "text"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("bridge", "text"), CASES, ids=lambda x: x if x in TEXTS else str(TextBridge.of(x))
+)
 def test_a_cycle_through_any_bridge_compiles_to_one_graph(bridge, text):
     denoiser, _, process = toy_denoiser(seed=0)
     batch, parameters = toy_batch(seed=0), list(denoiser.module.parameters())
