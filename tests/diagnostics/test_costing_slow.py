@@ -72,9 +72,9 @@ def test_a_pass_costs_what_it_costs_alone():
         state = {k: v[:1].expand(rows, *v.shape[1:]) for k, v in state.items()}
         inputs = [x[:1].expand(rows, *x.shape[1:]) for x in (tokens, latents)]
         with FlopCounterMode(display=False) as counter:
-            output = module.denoiser.denoise(*inputs, **state, need=need)
+            logits, prediction = module.denoiser.denoise(*inputs, **state, need=need)
             forward = counter.get_total_flops()
-            sum(part.sum() for part in output if part is not None).backward()
+            (prediction if logits is None else logits.hidden).sum().backward()
         assert found.forward == forward
         assert found.backward == pytest.approx(counter.get_total_flops() - forward, rel=1e-9)
     assert [found.direction for found in told.passes] == ["L2T", "T2L", "L2T"]
@@ -143,7 +143,8 @@ def test_gradients_and_parameters_are_beside():
     sizes = [p.numel() for p in module.network.parameters()]
     assert told.parameters == 2 * sum(sizes)
     assert told.gradients == 2 * (sum(sizes) - V * 64)
-    assert told.live < 0.8 * step_cost(module, pairs(4)).live  # losses stay in float32
+    # losses stay in float32, and so does what the head's gradient is summed in
+    assert told.live < step_cost(module, pairs(4)).live
 
 
 # What cannot run here

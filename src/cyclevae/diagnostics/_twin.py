@@ -36,7 +36,8 @@ def meta_twin(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             parameter.grad = torch.empty_like(parameter)
     attention = FusedAttention()
     for part in twin.modules():
-        _run_on_meta(part, attention)
+        if type(part) is not nn.Linear:  # has neither, and may be a head that is left unread
+            _run_on_meta(part, attention)
     return twin
 
 
