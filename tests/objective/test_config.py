@@ -430,6 +430,14 @@ TAKES = {
         "through": {NAME},
     },
     "text_marginal": {"bridge": {NAME, MAPPING}, "freeze": {LIST}, "pairs": {BOOL}},
+    "distill": {
+        "top": {WHOLE},
+        "likelihood": {NUMBER},
+        "variance": {NUMBER, NONE},
+        "time": TIME,
+        "maker": {MAPPING},
+        "pairs": {BOOL},
+    },
 }
 JUNK = {
     NUMBER: [0.5, -2.5, math.nan, math.inf],

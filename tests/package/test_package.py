@@ -182,7 +182,7 @@ def test_the_base_holds_what_three_folders_use(module):
 
 @pytest.mark.slow
 def test_the_count_of_users_can_fail():
-    assert users_of("bridges.unmasking") <= {"losses", "objective"}
+    assert users_of("bridges.unmasking") <= {"losses", "use"}
     assert users_of("__main__") == set()
 
 
