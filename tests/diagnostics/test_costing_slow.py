@@ -139,12 +139,12 @@ def test_live_bytes_are_those_of_the_allocator(terms, wrap):
 def test_gradients_and_parameters_are_beside():
     module = mmdit_module(ONE)
     module.network.word.requires_grad_(False)
+    module.network.text_head.register_forward_hook(lambda *_: None)  # so logits are in memory
     told = step_cost(module, pairs(4), dtype=torch.bfloat16)
     sizes = [p.numel() for p in module.network.parameters()]
     assert told.parameters == 2 * sum(sizes)
     assert told.gradients == 2 * (sum(sizes) - V * 64)
-    # losses stay in float32, and so does what the head's gradient is summed in
-    assert told.live < step_cost(module, pairs(4)).live
+    assert told.live < 0.8 * step_cost(module, pairs(4)).live  # losses stay in float32
 
 
 # What cannot run here

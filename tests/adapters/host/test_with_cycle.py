@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import sys
-from statistics import median
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def test_cycles_train(train_cycle, dtype):
     for name in ("loss", "text_loss", "latent_loss", "cycle_text_loss", "cycle_latent_loss"):
         assert all(map(math.isfinite, column(run, name))), name
     losses = column(run, "cycle_text_loss")
-    assert median(losses[-5:]) < 0.8 * median(losses[:5]), losses  # a step may be an outlier
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
     assert run.output.count("cyclevae: step 0") == 1
     assert "Eval" in run.output
     assert not any(column(run, "non_finite_terms"))
