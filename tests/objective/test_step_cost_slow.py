@@ -57,13 +57,12 @@ def flops(function):
 
 
 @pytest.fixture(scope="module")
-def meta(examples):
-    with META:
-        network = examples[0](1000, 16, length=16, width=32, depth=1)
-    return cv.as_denoiser(network), pairs(4, 16, 1000, 16, META)
+def small(examples):
+    network = examples[0](1000, 16, length=16, width=32, depth=1)
+    return cv.as_denoiser(network), pairs(4, 16, 1000, 16)
 
 
-HEAD = 2 * 4 * 16 * 32 * 1000  # FLOPs of the text head over all positions of `meta`
+HEAD = 2 * 4 * 16 * 32 * 1000  # FLOPs of the text head over all positions of `small`
 
 
 def bare(denoiser, batch, *needs):
@@ -90,8 +89,8 @@ def bare(denoiser, batch, *needs):
     ],
     ids=["four passes", "no text cycle", "no latent cycle", "no cycle"],
 )
-def test_a_step_costs_its_passes(meta, options, needs):
-    denoiser, batch = meta
+def test_a_step_costs_its_passes(small, options, needs):
+    denoiser, batch = small
     o = objective(1000, **options)
     found = flops(lambda: o(denoiser, batch, step=0).loss.backward())
     assert o.passes(0) == len(needs)
@@ -101,8 +100,8 @@ def test_a_step_costs_its_passes(meta, options, needs):
     assert found == pytest.approx(bare(denoiser, batch, *needs) + again, rel=1e-2)
 
 
-def test_a_joined_pass_costs_the_latent_head_of_all_rows(meta):
-    denoiser, batch = meta
+def test_a_joined_pass_costs_the_latent_head_of_all_rows(small):
+    denoiser, batch = small
     options = {"cycle_text_weight": 0.0, "cycle_latent_weight": 0.0, "join_passes": True}
     found = flops(lambda: objective(1000, **options)(denoiser, batch, step=0).loss.backward())
     unread = 3 * HEAD  # of the rows that are encoded

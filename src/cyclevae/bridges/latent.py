@@ -136,6 +136,16 @@ class LatentBridge:
         """
         return ONE_SHOT if self.steps == 1 else replace(self, noise=0.0, norm=None)
 
+    def same_passes(self, other: "LatentBridge") -> bool:
+        """Whether both run the same passes, whatever acts on the last latent alone.
+
+        Examples:
+            >>> LatentBridge(noise=0.5).same_passes(LatentBridge(threshold=1.0))
+            True
+        """
+        on_the_way = ("steps",) if self.steps == 1 else ("steps", "threshold", "quantile")
+        return all([getattr(self, name) == getattr(other, name) for name in on_the_way])
+
     def capacity(self, variance: Number, dim: int) -> float:
         """The nats that cross at most: `dim/2 log(1 + variance / noise^2)`.
 

@@ -42,8 +42,7 @@ class Plan(NamedTuple):
             ValueError: none does, because no term named it.
         """
         place = _place(request, self.shared)
-        rows = self.shared[place].rows if place < len(self.shared) else Share()
-        if place == len(self.shared) or rows | request.rows != rows | rows:
+        if place == len(self.shared) or not request.rows.within(self.shared[place].rows):
             raise ValueError(
                 f"a loss reads {request!r}, which is no pass of this step, or not of these rows: "
                 "name it in the `passes` of its term"

@@ -132,7 +132,7 @@ class Encode(Shared):
             isinstance(other, Encode)
             and super().same_computation(other)
             and self.time == other.time
-            and self.bridge.on_the_way == other.bridge.on_the_way
+            and self.bridge.same_passes(other.bridge)
         )
 
     @property

@@ -39,6 +39,14 @@ class Share:
         """How many of the pairs, and of the other rows."""
         return _of(self._of_pairs(marked), paired), _of(self.others, rows - paired)
 
+    def within(self, other: "Share") -> bool:
+        """Whether the other has all of these rows."""
+        return (
+            self.pairs <= other.pairs
+            and self.others <= other.others
+            and self._of_pairs(True) <= other._of_pairs(True)
+        )
+
     def _of_pairs(self, marked: bool) -> Number:
         return self.marked if marked and self.marked is not None else self.pairs
 
