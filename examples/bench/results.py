@@ -32,6 +32,7 @@ class Row:
         low: the lower quartile of that; None where a single call tells all.
         high: the upper one.
         target: the largest ratio that passes; None where there is no target.
+        limit: of a ratio that falls short: that of the part which no way of ours can save.
     """
 
     benchmark: str
@@ -45,6 +46,7 @@ class Row:
     low: float | None = None
     high: float | None = None
     target: float | None = None
+    limit: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -66,7 +68,7 @@ def line(row: Row) -> str:
         _shown(row.theirs, row.quantity),
         f"{row.ratio:.3g}{spread}",
         "" if row.target is None else f"≤ {row.target:.3g}",
-        row.verdict,
+        row.verdict + ("" if row.limit is None else f", limit {row.limit:.3g}"),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from memory import peak_bytes
@@ -43,9 +43,10 @@ class Setting:
         theirs: Call,
         *,
         target: float | None = None,
+        limit: Call | None = None,
         rounds: int = 3,
     ) -> Row:
-        """The times of both, side by side."""
+        """The times of both, side by side; of `limit`, what ours cannot save, if they are short."""
         found = compare(
             ours,
             theirs,
@@ -54,7 +55,11 @@ class Setting:
             clock=clock_of(self.device),
         )
         target = None if self.quick else target
-        return Row(benchmark, case, "time", against, self.device.type, *found, target)
+        row = Row(benchmark, case, "time", against, self.device.type, *found, target)
+        if limit is None or row.verdict != "short":
+            return row
+        least = compare(limit, theirs, rounds=rounds, clock=clock_of(self.device)).ratio
+        return replace(row, limit=least)
 
     def peak(
         self,
@@ -65,10 +70,14 @@ class Setting:
         theirs: Call,
         *,
         target: float | None = None,
+        limit: Call | None = None,
     ) -> Row:
-        """The bytes of both at their peak."""
-        peaks = (peak_bytes(call, self.device) for call in (ours, theirs))
-        return self.row(benchmark, case, "peak bytes", against, *peaks, target=target)
+        """The bytes of both at their peak; of `limit`, what ours cannot save, if they are short."""
+        peaks = [peak_bytes(call, self.device) for call in (ours, theirs)]
+        row = self.row(benchmark, case, "peak bytes", against, *peaks, target=target)
+        if limit is None or row.verdict != "short":
+            return row
+        return replace(row, limit=peak_bytes(limit, self.device) / peaks[1])
 
     def memory(self) -> int:
         """Bytes of the device that a benchmark may take: half of them."""

@@ -15,7 +15,8 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "sentences"))
 from full import TERMS, WEIGHTS
 from mmdit_model import MMDiTDenoiser
 from plain import plain_step
-from results import Row, plot, save, table
+from results import Row, line, plot, save, table
+from setting import Setting
 from timing import compare
 
 import cyclevae as cv
@@ -103,6 +104,19 @@ def test_short_calls_are_repeated_and_both_sides_run_in_every_round():
     for i in range(0, len(rounds), 4):
         assert sorted(rounds[i : i + 4]) == ["ours", "ours", "theirs", "theirs"]
     assert len({tuple(rounds[i : i + 4]) for i in range(0, len(rounds), 4)}) == 2
+
+
+def test_a_limit_is_measured_of_what_falls_short_alone():
+    setting = Setting(torch.device("cpu"))
+
+    def taking(size):
+        return lambda: torch.zeros(size).sum()
+
+    given = "step", "case", "theirs", taking(2**20), taking(2**21)
+    assert setting.peak(*given, target=0.6, limit=taking(2**19)).limit is None
+    short = setting.peak(*given, target=0.4, limit=taking(2**19))
+    assert short.verdict == "short" and short.limit == pytest.approx(0.25, rel=0.01)
+    assert line(short).endswith("| short, limit 0.25 |")
 
 
 @pytest.mark.parametrize(
