@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
 
@@ -28,14 +29,32 @@ try:
     from cell import describe, path_of, run, write
     from corpora import CORPORA
     from data import DemoError, encode
-    from evidence import Results, summary
-    from matrix import ROWS, Cell, core, exploratory, glance, quick, search
+    from matrix import (
+        PRIMARY,
+        REPAIR_SEEDS,
+        ROWS,
+        Cell,
+        core,
+        exploratory,
+        glance,
+        quick,
+        repair,
+        search,
+    )
+    from stored import Results
+    from tables import summary
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f'error: the ablation misses a package ({error}): run "make ablation"')
 
 HERE = Path(__file__).resolve().parent
-TIERS = {"core": core, "exploratory": exploratory, "glance": glance, "quick": quick}
+TIERS = {
+    "core": core,
+    "exploratory": exploratory,
+    "glance": glance,
+    "quick": quick,
+    "repair": repair,
+}
 QUICK = 2000  # sentences
 TUNED = HERE / "tuned.json"
 
@@ -43,11 +62,14 @@ TUNED = HERE / "tuned.json"
 def main() -> int:
     options = _options()
     try:
-        data = CORPORA[options.corpus].load(options.cache, options.limit)  # before the workers
+        load = partial(CORPORA[options.corpus].load, options.cache, options.limit)
+        data = load(PRIMARY, REPAIR_SEEDS[0])  # before the workers
         results = options.out / "results" / options.corpus
         describe(data, results / "corpus.json")
-        if options.tier in ("exploratory", "quick"):
-            write(results / "baselines.json", {"each": baselines(options.corpus, data, encode)})
+        deals = {"seeds": REPAIR_SEEDS, "budgets": (PRIMARY,)} if options.tier == "repair" else {}
+        if options.tier in ("exploratory", "quick", "repair"):
+            found = baselines(options.corpus, load if deals else lambda *_: data, encode, **deals)
+            write(results / "baselines.json", {"each": found})
         todo = list(cells(options))
         code = run_all(todo, options)
         if options.tier == "search" and code == 0:

@@ -13,10 +13,12 @@ import torch
 from batches import batches, data_of
 from corpora import CORPORA
 from data import MASK, PAD, UNK, Sentences, Split, encode
+from labels import Labels, by_network, by_ridge
 from loop import Trained, Training, fit
 from matrix import ROWS, TUNING_SEED, Cell, Tuned
-from measure import DECODED, measure
-from row_loss import Labels, RowLoss
+from measure import DECODED, both_directions, measure, rounded
+from row_loss import RowLoss
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampler import prior_samples
 from torch import nn
@@ -32,8 +34,8 @@ def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> 
     torch.set_num_threads(1)  # cells run side by side, one a core
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     began = time.perf_counter()
-    data = CORPORA[cell.corpus].load(cache, limit)
-    trained, row_loss = _trained(cell, data, out, tuned, device)
+    data = CORPORA[cell.corpus].load(cache, limit, cell.pairs, cell.seed)
+    trained, row_loss, labels = _trained(cell, data, out, tuned, device)
     result: dict[str, Any] = {
         "cell": asdict(cell),
         "key": cell.key,
@@ -48,6 +50,7 @@ def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> 
             "passes_per_step": row_loss.passes / trained.steps,
             "seconds": round(trained.seconds, 1),
             "saved_mib": round(trained.saved / 2**20, 1),
+            **({} if labels is None else {"label_flops": labels.flops}),
         },
         "validation": {
             key: [round(row[key], 4) for row in trained.history]
@@ -63,6 +66,9 @@ def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> 
         for name, kept in weights.items():
             found, each = _measured(cell, data, kept, device, cache)
             result |= {f"{name}_measures".lstrip("_"): found, f"{name}_each".lstrip("_"): each}
+        result["directions"] = {
+            name: _directions(cell, data, kept, device) for name, kept in trained.directions.items()
+        }
     result["training"]["seconds_with_measuring"] = round(time.perf_counter() - began, 1)
     write(path_of(cell, out), result)
 
@@ -109,7 +115,7 @@ def _network(cell: Cell, data: Sentences, device: torch.device) -> nn.Module:
 
 def _trained(
     cell: Cell, data: Sentences, out: Path, tuned: Tuned, device: torch.device
-) -> tuple[Trained, RowLoss]:
+) -> tuple[Trained, RowLoss, Labels | None]:
     row = ROWS[cell.row]
     processes, network = _processes(data), _network(cell, data, device)
     train, dealt = data_of(cell, data)
@@ -121,29 +127,71 @@ def _trained(
             _trained(teacher, data, out, tuned, device)
         labelling = _network(teacher, data, device)
         labelling.load_state_dict(load_file(kept, device=str(device)))
-        labels = Labels(labelling, train, dealt, processes, cell.seed)
-    row_loss = RowLoss(row, processes, network, train, cell.seed, labels)
+        labels = by_network(labelling, train, dealt, processes, cell.seed, channel=row.channel)
+        labels = Labels(labels.latents, labels.flops + _flops_of(kept))
+    elif row.extra == "pseudo_pairs":
+        labels = by_ridge(data, train, dealt)
+    row_loss = RowLoss(
+        row, processes, network, train, cell.seed, None if labels is None else labels.latents
+    )
     training = Training(
         cell.learning_rate, cell.weight_decay, cell.cap, LOOKS, ends=row.ends, select=row.select
     )
+    choosing = _first(_to(data.validation, device), cell.validation)
     trained = fit(
-        network, row_loss.loss, batches(train, dealt, cell.seed), _to(data.validation, device),
+        network, row_loss.loss, batches(train, dealt, cell.seed), choosing,
         processes, training, seed=cell.seed, after_step=row_loss.after_step,
     )  # fmt: skip
     _weights(cell, out).parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous().clone() for k, v in trained.weights.items()}, _weights(cell, out))
-    return trained, row_loss
+    save_file(
+        {k: v.contiguous().clone() for k, v in trained.weights.items()},
+        _weights(cell, out),
+        {"flops": str(trained.flops)},
+    )
+    return trained, row_loss, labels
+
+
+def _flops_of(weights: Path) -> float:
+    """What the training of some weights took."""
+    with safe_open(weights, "pt") as file:
+        return float(file.metadata()["flops"])
+
+
+def _first(split: Split, rows: int) -> Split:
+    """The first rows of a split; all of them for 0."""
+    if not rows:
+        return split
+    return Split(
+        split.sentences[:rows],
+        *(part[:rows] for part in (split.tokens, split.attention_mask, split.latents)),
+        split.clusters[:rows],
+    )
 
 
 def _measured(
     cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device, cache: Path
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
+    processes = _processes(data)
+    seen = data.train.latents[data.fitted_on.latents]
+    sampled = prior_samples(cache, seen, DECODED, processes[1]).to(device)
+    denoiser, held_out = _denoiser(cell, data, weights, device), _to(data.test, device)
+    return measure(denoiser, data, held_out, processes, sampled, encode)
+
+
+def _directions(
+    cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device
+) -> dict[str, float]:
+    """What both directions of a checkpoint are worth on test pairs."""
+    denoiser, held_out = _denoiser(cell, data, weights, device), _to(data.test, device)
+    return rounded(both_directions(denoiser, held_out, _processes(data))[0])
+
+
+def _denoiser(
+    cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device
+) -> cv.Denoiser:
     network = _network(cell, data, device)
     network.load_state_dict(weights)
-    processes = _processes(data)
-    sampled = prior_samples(cache, data.train.latents, DECODED, processes[1]).to(device)
-    held_out = _to(data.test, device)
-    return measure(cv.as_denoiser(network.eval()), data, held_out, processes, sampled, encode)
+    return cv.as_denoiser(network.eval())
 
 
 def _to(split: Split, device: torch.device) -> Split:

@@ -1,4 +1,7 @@
-"""The two corpora: docstrings, on which everything is tuned, and glosses, which see it once."""
+"""The corpora: docstrings, on which everything is tuned, and glosses, which see it once.
+
+`seen` is docstrings again, with everything that is fitted fitted to what a cell may see.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -6,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data import DemoError, Sentences, fold, load_sentences
+from data import DemoError, Seen, Sentences, fold, load_sentences, regime_of
 from model import JointTransformer
-from torch import nn
+from torch import Tensor, nn
 
 GLOSSES = 12_000
 WORDNET = (Path("/usr/share/wordnet"), Path("/usr/local/share/wordnet"))
@@ -20,23 +23,35 @@ class Corpus:
     """Sentences with their latents, the network for them, and what a cell may spend on them.
 
     Attributes:
-        load: the sentences, from a cache folder and, for a quick run, a limit.
+        load: the sentences, from a cache folder and, for a quick run, a limit; for some pairs and
+            a seed that deals them.
         network: a new one, with weights from torch's random state.
         cap: FLOPs, the same for every row of the matrix.
         learning_rate: of every row; without it what the search found for each.
     """
 
-    load: Callable[[Path, int | None], Sentences]
+    load: Callable[[Path, int | None, int, int], Sentences]
     network: Callable[[Sentences], nn.Module]
     cap: float
     learning_rate: float | None = None
 
 
-def _docstrings(cache: Path, limit: int | None) -> Sentences:
+def _docstrings(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
     return load_sentences(cache, dim=64, min_count=3, limit=limit)
 
 
-def _glosses(cache: Path, limit: int | None) -> Sentences:
+def _seen(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    def seen(clusters: Tensor) -> Seen:
+        dealt = regime_of(clusters, pairs, seed)
+        return Seen(
+            torch.cat([dealt.paired, dealt.unpaired_text]),
+            torch.cat([dealt.paired, dealt.unpaired_latent]),
+        )
+
+    return load_sentences(cache, dim=64, min_count=3, limit=limit, seen=seen)
+
+
+def _glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
     return load_sentences(cache, dim=32, min_count=3, limit=limit or GLOSSES, source=glosses)
 
 
@@ -82,9 +97,9 @@ def _mmdit(data: Sentences) -> nn.Module:
 
 def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
     """Start at the frequencies of words, which every run would spend its first steps on."""
-    counts = torch.bincount(
-        data.train.tokens[data.train.attention_mask], minlength=len(data.vocabulary)
-    )
+    seen = data.fitted_on.texts
+    words = data.train.tokens[seen][data.train.attention_mask[seen]]
+    counts = torch.bincount(words, minlength=len(data.vocabulary))
     with torch.no_grad():
         network.text_head.bias.copy_(((counts + 0.5) / (counts + 0.5).sum()).log())
     # A head with a hook is called: logits in memory cost what they did in the stored results, whose
@@ -95,5 +110,6 @@ def _with_word_frequencies(network: nn.Module, data: Sentences) -> nn.Module:
 
 CORPORA = {
     "docstrings": Corpus(_docstrings, _joint, cap=1.5e12),
+    "seen": Corpus(_seen, _joint, cap=1.5e12),
     "glosses": Corpus(_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3),
 }

@@ -52,14 +52,15 @@ class Training:
 
 @dataclass
 class Trained:
-    """The checkpoint that was kept, what it cost, and how it got there.
+    """The checkpoints that were kept, what they cost, and how they got there.
 
-    `capped` is the best checkpoint within the cap; `saved` the
-    most bytes that a counted step kept for its backward.
+    `weights` did best by the part of the score that counts, `capped` within the cap; `directions`
+    by each half of it; `saved` is the most bytes that a counted step kept for its backward.
     """
 
     weights: dict[str, Tensor]
     capped: dict[str, Tensor]
+    directions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     best_step: int = 0
     steps: int = 0
     flops: float = 0.0
@@ -87,7 +88,8 @@ def fit(
     )
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(training.ema))
     denoiser, run = cv.as_denoiser(network), Trained({}, {})
-    meter, best, stale = _Meter(), float("inf"), 0
+    meter, stale = _Meter(), 0
+    best = dict.fromkeys(("both", "text", "latent"), float("inf"))
     began = time.perf_counter()
     bar = tqdm(total=round(training.cap / 1e9), unit=" GFLOP", mininterval=5)
     while True:
@@ -111,12 +113,15 @@ def fit(
         row = look(averaged.module, held_out, processes)
         run.history.append(row | {"step": run.steps, "flops": meter.flops, "loss": loss.item()})
         stale += 1
-        if row[training.select] < best:
-            best, stale, run.best_step = row[training.select], 0, run.steps
-            run.weights = deepcopy(averaged.module.state_dict())
+        better = [name for name in best if row[name] < best[name]]
+        weights = deepcopy(averaged.module.state_dict()) if better else {}
+        for name in better:
+            best[name], run.directions[name] = row[name], weights
+        if training.select in better:
+            stale, run.best_step, run.weights = 0, run.steps, weights
             if len(run.history) <= training.looks:
-                run.capped = run.weights
-        bar.set_postfix(nats=f"{row['both']:.2f}", best=f"{best:.2f}", step=run.steps)
+                run.capped = weights
+        bar.set_postfix(nats=f"{row['both']:.2f}", best=f"{best['both']:.2f}", step=run.steps)
         if ends_here:
             break
         if stale >= training.patience and training.ends != "cap":

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the oracle's kind
 SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 13), 100
+REPAIR_SEEDS = range(20, 22)
 WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
 
 # What a term is told where a row says no more, whatever the library's defaults are. Terms run, and
@@ -70,7 +71,10 @@ class Row:
         unpaired: which unpaired data there is: none, the real one, one whose words are shuffled and
             whose latents are rotated, or one whose texts an encoder at hand has made pairs.
         extra: a loss beside the objective: see `row_loss`.
-        teacher: the row whose best weights label the unpaired data, once.
+        teacher: the row whose best weights label the unpaired data, once; ridge regression if it
+            has labels and none is named.
+        channel: whether labels are drawn to the unpaired latents that a text may be of.
+        distilled: whether T2L learns the labels too.
         modes: such terms of objectives that take turns; drawn at random with `shuffled`.
         select: the part of the joint score that chooses the checkpoint.
         ends: what ends it: the cap or early stopping, whichever comes first, or one of them alone.
@@ -82,6 +86,8 @@ class Row:
     unpaired: Unpaired = "real"
     extra: Extra | None = None
     teacher: str | None = None
+    channel: bool = False
+    distilled: bool = False
     modes: tuple[Terms, ...] = ()
     shuffled: bool = False
     select: Literal["both", "text", "latent"] = "both"
@@ -178,11 +184,32 @@ ROWS: dict[str, Row] = {
         {**UNIMODAL, **half(pairs=True), "cycle_latent": {"pairs": True}},
         "none",
     ),
+    # opponents that a review of the first results asked for
+    "pseudo_ridge": Row("+ pseudo-pairs, labelled by ridge", PARTLY, extra="pseudo_pairs"),
+    "pseudo_paired": Row(
+        "+ pseudo-pairs, labelled by pairs only", PARTLY, extra="pseudo_pairs", teacher="paired"
+    ),
+    "pseudo_half": Row(
+        "+ pseudo-pairs, labelled by the recipe", PARTLY, extra="pseudo_pairs", teacher="half"
+    ),
+    "pseudo_half_both": Row(
+        "the same, T2L taught too", PARTLY, extra="pseudo_pairs", teacher="half", distilled=True
+    ),
+    "channel": Row(
+        "+ channel labels of the recipe, T2L taught too",
+        PARTLY,
+        extra="pseudo_pairs",
+        teacher="half",
+        channel=True,
+        distilled=True,
+    ),
 }  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
 EXPLORATORY = tuple(ROWS)[7:39]
-SEED_MATRIX = tuple(ROWS)[39:]
+SEED_MATRIX = tuple(ROWS)[39:47]
+OPPONENTS = tuple(ROWS)[47:]
+REPAIRED = ("paired", "unimodal", "half", "pseudo", *OPPONENTS)
 
 
 @dataclass(frozen=True)
@@ -198,6 +225,7 @@ class Cell:
         learning_rate: after its warm-up, constant.
         weight_decay: of AdamW.
         cap: FLOPs, forward and backward, after which training ends.
+        validation: how many of the validation pairs choose; 0 for all.
     """
 
     corpus: str
@@ -208,19 +236,25 @@ class Cell:
     learning_rate: float
     weight_decay: float
     cap: float
+    validation: int = 0
 
     @property
     def name(self) -> str:
         """Its file, among those of its corpus."""
         pairs = self.pairs or "all"
         tuned = f"lr{self.learning_rate:g}-wd{self.weight_decay:g}"
-        return f"{self.row}-{pairs}-{self.share}-{self.seed}-{tuned}"
+        few = f"-val{self.validation}" * (self.validation > 0)
+        return f"{self.row}-{pairs}-{self.share}-{self.seed}-{tuned}{few}"
 
     @property
     def key(self) -> str:
         """Changes with anything that the cell is told, so that no stale result is taken for it."""
         told = {**asdict(self), "row": asdict(ROWS[self.row]), "plain": [*PLAIN.items()]}
         del told["row"]["label"], told["row"]["cost"]
+        for part, later in ((told, ("validation",)), (told["row"], ("channel", "distilled"))):
+            for name in later:  # what came after the stored results changes those with it alone
+                if not part[name]:
+                    del part[name]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def of_teacher(self, tuned: Mapping[str, Mapping[str, float]]) -> "Cell | None":
@@ -245,6 +279,8 @@ def tuned_as(row: str) -> str:
     if row in CORE or row == "paired":
         return row
     terms, extra = ROWS[row].terms, ROWS[row].extra
+    if row in OPPONENTS:
+        return "pseudo"
     if extra == "teacher_bridge" or "cycle_text" in terms:
         return "half"
     return "unimodal" if "unconditional" in terms else "paired"
@@ -316,3 +352,18 @@ def glance(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
         for pairs in (300, 3000, 6000):
             yield from both_decays(corpus, "paired", pairs, seed, tuned, cap)
         yield from both_decays(corpus, "oracle", ALL, seed, tuned, cap)
+
+
+def repair(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """The core rows again beside stronger opponents, with seeds that nothing was tuned on.
+
+    With each decay; last, with few validation pairs.
+    """
+    for seed in REPAIR_SEEDS:
+        for row in REPAIRED:
+            yield from both_decays(corpus, row, PRIMARY, seed, tuned, cap)
+    for seed in REPAIR_SEEDS:
+        for row in ("paired", "half"):
+            share = 100 * (row != "paired")
+            told = tuned[tuned_as(row)]
+            yield Cell(corpus, row, PRIMARY, share, seed, **told, cap=cap, validation=100)

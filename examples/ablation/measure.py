@@ -36,7 +36,46 @@ def measure(
     """
     text_process, latent_process = processes
     tokens, mask, z = held_out.tokens, held_out.attention_mask, held_out.latents
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    metrics, each, z_hat = both_directions(denoiser, held_out, processes)
+    few = slice(DECODED)
+    lengths = mask[torch.arange(DECODED) % len(mask)]  # of the prior's samples
+    for name, latents, kept in (
+        ("true", z[few], mask[few]),
+        ("predicted", z_hat[few], mask[few]),
+        ("sampled", sampled, lengths),
+    ):
+        texts = decoded(denoiser, latents, kept, data, text_process)
+        again = data.normaliser.normalise(encode(texts))
+        metrics[f"reencoded_{name}"] = F.cosine_similarity(again.to(latents), latents).mean()
+    health = latent_health(z_hat, mean=z.mean(dim=0), variance=z.var(dim=0))
+    probe = text_probe(denoiser, tokens, z, mask, text_process=text_process,
+                       latent_process=latent_process)  # fmt: skip
+    wrong = latent_error_of_another_text(denoiser, held_out, _noise(z), processes)
+    metrics |= {
+        "hubness": retrieval(z_hat, z, k=10).hubness,
+        "never": retrieval(z_hat, z, k=10).never,
+        "scale": health.scale,
+        "drift": health.drift,
+        "effective_rank": health.effective_rank,
+        "text_probe_gap": probe.gap,
+        "text_probe_information": probe.information,
+        "latent_probe_gap": wrong - metrics["t2l_mse"],
+    }
+    digits = {"rank": 0, "t2l_mse": 3, "ce_true": 2, "ce_predicted": 2}
+    return (
+        rounded(metrics),
+        {name: [round(v, digits[name]) for v in values.tolist()] for name, values in each.items()},
+    )
+
+
+@torch.no_grad()
+def both_directions(
+    denoiser: cv.Denoiser, held_out: Split, processes: tuple[cv.TextProcess, cv.LatentProcess]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What T2L and L2T are worth, the same of each sentence, and the latents that T2L makes."""
+    text_process, latent_process = processes
+    tokens, mask, z = held_out.tokens, held_out.attention_mask, held_out.latents
+    noise = _noise(z)
     z_hat = cv.encode_text(denoiser, tokens, mask, noise=noise, text_process=text_process,
                            latent_process=latent_process)  # fmt: skip
     similarity = F.normalize(z_hat, dim=1) @ F.normalize(z, dim=1).T
@@ -54,35 +93,15 @@ def measure(
         each[f"ce_{name}"] = cv.text_loss(logits, tokens, mask, reduction="none").sum(dim=1)
         metrics[f"l2t_ce_{name}"] = each[f"ce_{name}"].sum() / mask.sum()
         metrics[f"l2t_accuracy_{name}"] = (logits.argmax(dim=-1) == tokens)[mask].float().mean()
-    few = slice(DECODED)
-    lengths = mask[torch.arange(DECODED) % len(mask)]  # of the prior's samples
-    for name, latents, kept in (
-        ("true", z[few], mask[few]),
-        ("predicted", z_hat[few], mask[few]),
-        ("sampled", sampled, lengths),
-    ):
-        texts = decoded(denoiser, latents, kept, data, text_process)
-        again = data.normaliser.normalise(encode(texts))
-        metrics[f"reencoded_{name}"] = F.cosine_similarity(again.to(latents), latents).mean()
-    health = latent_health(z_hat, mean=z.mean(dim=0), variance=z.var(dim=0))
-    probe = text_probe(denoiser, tokens, z, mask, text_process=text_process,
-                       latent_process=latent_process)  # fmt: skip
-    wrong = latent_error_of_another_text(denoiser, held_out, noise, processes)
-    metrics |= {
-        "hubness": retrieval(z_hat, z, k=10).hubness,
-        "never": retrieval(z_hat, z, k=10).never,
-        "scale": health.scale,
-        "drift": health.drift,
-        "effective_rank": health.effective_rank,
-        "text_probe_gap": probe.gap,
-        "text_probe_information": probe.information,
-        "latent_probe_gap": wrong - error.mean(),
-    }
-    digits = {"rank": 0, "t2l_mse": 3, "ce_true": 2, "ce_predicted": 2}
-    return (
-        {name: round(float(value), 5) for name, value in metrics.items()},
-        {name: [round(v, digits[name]) for v in values.tolist()] for name, values in each.items()},
-    )
+    return metrics, each, z_hat
+
+
+def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(float(value), 5) for name, value in metrics.items()}
+
+
+def _noise(z: Tensor) -> Tensor:
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
 
 
 def decoded(

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from evidence import CORE_ORDER, MEASURES, Compared, Key, Results, row_key
 from matrix import ALL, BUDGETS, PRIMARY, ROWS
+from stored import MEASURES, Compared, Key, Results, row_key
+from tables import CORE_ORDER
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

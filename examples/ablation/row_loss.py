@@ -2,7 +2,7 @@
 
 import torch
 from batches import Drawn, texts_of
-from data import Regime, Split
+from data import Split
 from matrix import PLAIN, Row, merged
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class RowLoss:
         network: nn.Module,
         train: Split,
         seed: int,
-        labels: "Labels | None" = None,
+        labels: Tensor | None = None,
     ) -> None:
         self.row, self.train, self.labels = row, train, labels
         self.objectives = objectives(row, processes)
@@ -46,6 +46,7 @@ class RowLoss:
             weight = weight["weight"]  # there is no waiting for what is there from the start
         taught = {"text": {"weight": weight}, "latent": None}
         (self.teach,) = objectives(Row("", taught), processes)
+        (self.distil,) = objectives(Row("", {"text": None}), processes)
         self.teacher = None
         if row.extra == "teacher_bridge":
             self.teacher = cv.Teacher(network, decay=0.98)
@@ -72,9 +73,11 @@ class RowLoss:
         if "latent_loss" in output.metrics:
             self.encoder_error += 0.05 * (output.metrics["latent_loss"].item() - self.encoder_error)
         if self.row.extra == "pseudo_pairs":
-            texts = texts_of(self.train, drawn.texts)
-            latents = self._noised(self.labels.latents[drawn.texts], CROSSING)
+            texts, labels = texts_of(self.train, drawn.texts), self.labels[drawn.texts]
+            latents = self._noised(labels, CROSSING)
             loss = loss + self._teach(denoiser, *texts, latents, step)
+            if self.row.distilled:
+                loss = loss + self._run(self.distil, denoiser, *texts, labels, step)
         elif self.row.extra == "teacher_bridge" and self.teach.weights(step):
             self.passes += 1
             texts = batch.unpaired_tokens, batch.unpaired_attention_mask
@@ -97,24 +100,17 @@ class RowLoss:
         self, denoiser: cv.Denoiser, tokens: Tensor, mask: Tensor, latents: Tensor, step: int
     ) -> Tensor:
         """The base decoder loss on such pairs, weighted as the cycle is."""
-        self.passes += self.teach.passes(step)
+        return self._run(self.teach, denoiser, tokens, mask, latents, step)
+
+    def _run(
+        self,
+        objective: cv.CycleObjective,
+        denoiser: cv.Denoiser,
+        tokens: Tensor,
+        mask: Tensor,
+        latents: Tensor,
+        step: int,
+    ) -> Tensor:
+        self.passes += objective.passes(step)
         batch = cv.Batch(tokens, mask, latents)
-        return self.teach(denoiser, batch, step=step, generator=self.noise).loss
-
-
-class Labels:
-    """Pseudo-pairs, made once: a latent for every unpaired text, as the text cycle makes it."""
-
-    def __init__(
-        self, network: nn.Module, train: Split, dealt: Regime, processes: Processes, seed: int
-    ) -> None:
-        text_process, latent_process = processes
-        denoiser, generator = cv.as_denoiser(network.eval()), torch.Generator().manual_seed(seed)
-        self.latents = torch.zeros_like(train.latents)
-        with torch.no_grad():
-            for rows in dealt.unpaired_text.split(256):
-                noise = torch.randn(train.latents[rows].shape, generator=generator)
-                self.latents[rows] = cv.encode_text(
-                    denoiser, *texts_of(train, rows), text_process=text_process,
-                    latent_process=latent_process, noise=noise.to(train.latents),
-                )  # fmt: skip
+        return objective(denoiser, batch, step=step, generator=self.noise).loss

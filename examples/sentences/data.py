@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -344,15 +344,23 @@ class Split:
         return len(self.sentences)
 
 
+class Seen(NamedTuple):
+    """Rows of the training split: whose texts, and whose latents, something may look at."""
+
+    texts: Tensor
+    latents: Tensor
+
+
 @dataclass(frozen=True)
 class Sentences:
-    """The three splits, and what was fitted to the first of them."""
+    """The three splits, and what was fitted to some rows of the first of them."""
 
     train: Split
     validation: Split
     test: Split
     vocabulary: Vocabulary
     normaliser: LatentNormaliser
+    fitted_on: Seen
 
 
 @dataclass(frozen=True)
@@ -370,9 +378,14 @@ def regime(train: Split, pairs: int = 1000, seed: int = 0) -> Regime:
     The halves are disjoint and dealt by cluster: neither the partner of an unpaired text nor the
     partner of its near-twin hides among the latents.
     """
-    if not 0 <= pairs <= len(train):
-        raise DemoError(f"`pairs` must lie between 0 and {len(train)}, got {pairs}")
-    return Regime(*deal(train.clusters, (pairs, (len(train) - pairs) // 2), seed))
+    return regime_of(train.clusters, pairs, seed)
+
+
+def regime_of(clusters: Tensor, pairs: int, seed: int) -> Regime:
+    """The same, of the clusters of a training split."""
+    if not 0 <= pairs <= len(clusters):
+        raise DemoError(f"`pairs` must lie between 0 and {len(clusters)}, got {pairs}")
+    return Regime(*deal(clusters, (pairs, (len(clusters) - pairs) // 2), seed))
 
 
 def load_sentences(
@@ -385,24 +398,29 @@ def load_sentences(
     limit: int | None = None,
     progress: bool = True,
     source: Source | None = None,
+    seen: Callable[[Tensor], Seen] | None = None,
 ) -> Sentences:
     """Sentences, tokens and latents, split by cluster; `limit` keeps a fixed part.
 
     The first call harvests and encodes (about a minute) and fills `cache_dir`; later calls read it.
-    `source` gives sentences in place of `harvest`.
+    `source` gives sentences in place of `harvest`; `seen` tells, of the clusters of the training
+    split, on which of its rows vocabulary and normaliser are fitted: all, if not given.
     """
     sentences, clusters, embeddings = _cached(Path(cache_dir), source, max_words, limit, progress)
     held_out = min(500, len(sentences) // 10)
     validation, test, train = deal(clusters, (held_out, held_out), seed)
-    normaliser = LatentNormaliser.fit(embeddings[train], dim)
-    vocabulary = Vocabulary.fit([sentences[i] for i in train], min_count=min_count)
+    everything = torch.arange(len(train))
+    fitted_on = Seen(everything, everything) if seen is None else seen(clusters[train])
+    normaliser = LatentNormaliser.fit(embeddings[train[fitted_on.latents]], dim)
+    vocabulary = Vocabulary.fit([sentences[i] for i in train[fitted_on.texts]], min_count=min_count)
     tokens, mask = vocabulary.encode(sentences)
     latents = normaliser.normalise(embeddings)
 
     def split(i: Tensor) -> Split:
         return Split([sentences[k] for k in i], tokens[i], mask[i], latents[i], clusters[i])
 
-    return Sentences(split(train), split(validation), split(test), vocabulary, normaliser)
+    splits = split(train), split(validation), split(test)
+    return Sentences(*splits, vocabulary, normaliser, fitted_on)
 
 
 def _cached(

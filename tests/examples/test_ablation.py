@@ -13,10 +13,11 @@ import torch
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
+from baselines import PENALTIES, bags, fit_ridge, ridge_latents
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
-from data import Sentences, Split
-from evidence import Results, p_value
+from data import DemoError, Seen, Sentences, Split
+from labels import by_network
 from matrix import (
     ALL,
     CORE,
@@ -31,10 +32,13 @@ from matrix import (
     exploratory,
     glance,
     quick,
+    repair,
     search,
     tuned_as,
 )
-from row_loss import CROSSING, Labels, RowLoss, objectives
+from row_loss import CROSSING, RowLoss, objectives
+from stored import Results
+from tables import p_value
 
 import cyclevae as cv
 from cyclevae.testing import toy_denoiser
@@ -56,7 +60,8 @@ def split(rows=400, dim=4):
 @pytest.fixture(scope="module")
 def data():
     train = split()
-    return Sentences(train, train, train, None, None)
+    everything = torch.arange(len(train))
+    return Sentences(train, train, train, None, None, Seen(everything, everything))
 
 
 def cell(row, pairs=100, share=100, seed=0):
@@ -215,7 +220,7 @@ def test_the_search_gives_every_row_the_same_points_and_a_seed_of_its_own():
     points = {
         row: [(c.learning_rate, c.weight_decay) for c in cells if c.row == row] for row in TUNED
     }
-    assert len(set(map(tuple, points.values()))) == 1 and len(cells) == 20
+    assert len(set(map(tuple, points.values()))) == 1 and len(cells) == 4 * len(TUNED) == 20
     assert {c.seed for c in cells}.isdisjoint(SEEDS)
     assert all((TUNED[r]["learning_rate"], TUNED[r]["weight_decay"]) in points[r] for r in TUNED)
 
@@ -226,7 +231,7 @@ def test_every_row_makes_an_objective_and_is_in_a_tier():
         made = objectives(row, tuple(processes))
         assert len(made) == max(1, len(row.modes))
         assert tuned_as(name) in TUNED
-    tiers = [*core("docstrings", TUNED, 1.0), *exploratory("docstrings", TUNED, 1.0)]
+    tiers = [c for tier in (core, exploratory, repair) for c in tier("docstrings", TUNED, 1.0)]
     assert {c.row for c in tiers} == set(ROWS)
 
 
@@ -252,7 +257,7 @@ def test_a_key_changes_with_all_that_a_cell_is_told():
 
 def test_the_committed_results_are_of_what_their_cells_are_told():
     stored = [json.loads(path.read_text()) for path in STORED.glob("*/*-*.json")]
-    assert len(stored) == 378
+    assert len(stored) == 418
     for result in stored:
         assert result["key"] == Cell(**result["cell"]).key, f"{result['cell']}: run it again"
 
@@ -266,7 +271,8 @@ def toy(row, data):
     train, dealt = data_of(cell(row), data)
     labels = None
     if ROWS[row].extra == "pseudo_pairs":
-        labels = Labels(denoiser.module, train, dealt, processes, 0)
+        channel = ROWS[row].channel
+        labels = by_network(denoiser.module, train, dealt, processes, 0, channel=channel).latents
     return denoiser, RowLoss(ROWS[row], processes, denoiser.module, train, 0, labels), dealt
 
 
@@ -283,13 +289,83 @@ def test_every_row_has_a_loss_that_teaches(row, data):
 
 def test_pseudo_pairs_teach_the_decoder_latents_made_once(data):
     denoiser, row_loss, dealt = toy("pseudo", data)
-    rows, made = dealt.unpaired_text[:5], row_loss.labels.latents
+    rows, made = dealt.unpaired_text[:5], row_loss.labels
     assert (made[dealt.unpaired_text] != 0).all() and (made[dealt.paired] == 0).all()
     tokens, mask = data.train.tokens[rows], data.train.attention_mask[rows]
     expected = row_loss.teach(denoiser, cv.Batch(tokens, mask, made[rows]), step=0).loss
     weight = objectives(ROWS["half"], row_loss_processes())[0].weights(10_000)["cycle_text"]
     logits = cv.l2t(denoiser, made[rows], mask, text_process=row_loss_processes()[0])
     assert expected.item() == pytest.approx(weight * cv.text_loss(logits, tokens, mask).item())
+
+
+def test_channel_labels_lie_between_the_encoders_and_the_unpaired_latents(data):
+    made = {row: toy(row, data)[1].labels for row in ("pseudo_half_both", "channel")}
+    texts = toy("channel", data)[2].unpaired_text
+    spread = {row: latents[texts].var().item() for row, latents in made.items()}
+    assert not torch.equal(*made.values())
+    assert spread["channel"] == pytest.approx(spread["pseudo_half_both"], rel=0.5)
+
+
+def test_distilled_labels_teach_the_encoder_too(data):
+    passes = {}
+    for row in ("pseudo_half", "pseudo_half_both"):
+        denoiser, row_loss, _ = toy(row, data)
+        row_loss.loss(denoiser, drawn(data, row, 1)[0][0], step=600)
+        passes[row] = row_loss.passes
+    assert passes["pseudo_half_both"] == passes["pseudo_half"] + 1
+
+
+def linear(noise):
+    """Sentences whose latents are linear in their words, but for noise; more pairs than words."""
+    train = split()
+    matrix = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    z = bags(train, 7) @ matrix + noise * torch.randn(train.latents.shape)
+    train = replace(train, latents=z)
+    return Sentences(train, train, train, range(7), None, None)
+
+
+def test_ridge_chooses_its_penalty_by_leaving_out_one_pair():
+    data, pairs = linear(0.3), torch.arange(60)
+    x, z = bags(data.train, 7)[pairs].double(), data.train.latents[pairs].double()
+
+    def error(penalty):  # in a loop, with an intercept that is not penalised
+        total = 0.0
+        for i in range(60):
+            kept = torch.arange(60) != i
+            a, b = x[kept] - x[kept].mean(0), z[kept] - z[kept].mean(0)
+            weights = torch.linalg.solve(a.T @ a + penalty * torch.eye(7).double(), a.T @ b)
+            guess = (x[i] - x[kept].mean(0)) @ weights + z[kept].mean(0)
+            total += (guess - z[i]).square().sum().item()
+        return total
+
+    found = fit_ridge(data, pairs)
+    assert found.penalty == min(PENALTIES.tolist(), key=error)
+    a, b = x - x.mean(0), z - z.mean(0)
+    weights = torch.linalg.solve(a.T @ a + found.penalty * torch.eye(7).double(), a.T @ b)
+    guess = ridge_latents(data, pairs, data.train)[pairs].double()
+    torch.testing.assert_close(guess, a @ weights + z.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_of_more_words_than_pairs_agrees_with_scikit_learn():
+    from sklearn.linear_model import RidgeCV
+
+    torch.manual_seed(0)
+    train = split()
+    train = replace(train, tokens=torch.randint(3, 200, (400, 8)) * train.attention_mask)
+    z = bags(train, 200) @ torch.randn(200, 4) + 0.3 * torch.randn(400, 4)
+    data = Sentences(replace(train, latents=z), train, train, range(200), None, None)
+    for pairs in (torch.arange(100), torch.arange(300)):  # fewer than words, and more
+        theirs = RidgeCV(PENALTIES.numpy()).fit(bags(train, 200)[pairs].numpy(), z[pairs].numpy())
+        found = fit_ridge(data, pairs)
+        assert found.penalty == pytest.approx(theirs.alpha_)
+        ours = ridge_latents(data, pairs, train).numpy()
+        np.testing.assert_allclose(ours, theirs.predict(bags(train, 200).numpy()), atol=1e-4)
+
+
+def test_ridge_refuses_an_end_of_its_grid():
+    noise = replace(linear(0.0), train=split())  # latents that have nothing to do with the words
+    with pytest.raises(DemoError, match="an end of its grid"):
+        fit_ridge(noise, torch.arange(60))
 
 
 def row_loss_processes():
