@@ -34,7 +34,8 @@ def column(run, name):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cycles_train(train_cycle, dtype):
-    values = {"training.dtype": dtype, "logging.eval_freq": 15, "optimizer.lr": 3e-3}
+    # at 3e-3 single steps of the host's own text loss jump too
+    values = {"training.dtype": dtype, "logging.eval_freq": 15, "optimizer.lr": 1e-3}
     run = train_cycle(values, steps=40, batch=16)
     assert column(run, "step") == list(range(40))
     for name in ("loss", "text_loss", "latent_loss", "cycle_text_loss", "cycle_latent_loss"):
