@@ -38,24 +38,20 @@ def test_two_ranks_stay_equal_though_one_has_nothing():
     run_ranks(train_on_a_rank)
 
 
-# To trace mmdit takes a minute, and half of that are the passes of a second cycle
-@pytest.mark.parametrize(
-    "options", [{"quick": True}, {"cycle_latent_weight": 0.0}], ids=["two steps", "mmdit"]
-)
-def test_it_compiles(options):
-    options |= {"loss_type": "cycle_vae", "training": {"compile_model": True}}
+def test_it_compiles():
+    """Without the blocks of mmdit, which take dynamo a minute each pass."""
+    options = {"loss_type": "cycle_vae", "training": {"compile_model": True}, "quick": True}
     losses = []
     for wrap in (lambda trainer: trainer, lambda t: torch.compile(t, backend="eager")):
         trainer = wrap(with_cycle(make_host(**options)))
         torch.manual_seed(0)
-        for step in range(2 if "quick" in options else 1):
+        for step in range(2):
             loss, _ = trainer(make_batch(seed=step), step=step)
             loss.backward()
             losses.append(loss.detach())
         with torch.no_grad():
             losses.append(trainer(make_batch())[0])
-    half = len(losses) // 2
-    torch.testing.assert_close(losses[:half], losses[half:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses[:3], losses[3:], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
