@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         stale.unlink(missing_ok=True)  # an old checkpoint must not lie beside a new normaliser
     log = out / "metrics.jsonl"
     log.write_text("")
-    every = max(1, options.steps // 15)
+    every = max(4, options.steps // 15)
     config = Config(seed=options.seed, steps=options.steps, evaluate_every=every)
     data = load_sentences(
         options.cache, dim=64, seed=options.seed, limit=2000 if options.quick else None

@@ -27,11 +27,16 @@ ROWS = {
 }
 
 
-def table(summary: Mapping[str, Mapping[str, float]], *, pool: int) -> str:
+def table(
+    summary: Mapping[str, Mapping[str, float]],
+    *,
+    pool: int,
+    rows: Mapping[str, tuple[str, str, str]] = ROWS,
+) -> str:
     """The runs side by side on held-out pairs; `*` marks the best of a row."""
-    width = max(len(label) for label, *_ in ROWS.values()) + 16
+    width = max(len(label) for label, *_ in rows.values()) + 16
     lines = [f"{'on held-out pairs':<{width}}" + "".join(f"{run:>11}" for run in summary)]
-    for key, (label, better, form) in ROWS.items():
+    for key, (label, better, form) in rows.items():
         values = [run[key] for run in summary.values()]
         best = {"low": min, "high": max}.get(better, lambda _: None)(values)
         cells = [f"{value:{form}}{'*' if value == best else ' '}" for value in values]
