@@ -66,7 +66,7 @@ def test_an_interrupt_leaves_a_readable_partial_result(cache, tmp_path):
     def hear():  # a job in the background of a script is started deaf to SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    process = demo(cache, tmp_path, "--steps", "4000", preexec_fn=hear)
+    process = demo(cache, tmp_path, "--steps", "400", preexec_fn=hear)
     log = tmp_path / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.1)
