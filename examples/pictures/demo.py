@@ -34,7 +34,7 @@ except ImportError as error:
 HERE = Path(__file__).resolve().parent
 DIM = 64  # of a latent
 SHOWN = 10  # held-out names, and as many pictures
-SAMPLES = 32  # readings of which the best is kept
+SAMPLES, FEW = 32, 2  # readings of which the best is kept; of a quick run
 
 
 def main() -> int:
@@ -95,15 +95,15 @@ def run(options: argparse.Namespace) -> int:
         summary[name] = evaluate(denoiser, data.test, text_process, latent_process)
         summary[name] |= {"best_step": trained.best_step}
         print(f"{name:>7}: best at step {trained.best_step}, {time.perf_counter() - began:.0f} s")
-    read = {}
+    read, samples = {}, FEW if options.quick else SAMPLES
     for name, denoiser in denoisers.items():
-        once, best = readings(denoiser, data, objective)
-        read |= {name: once, f"{name}, best of {SAMPLES}": best}
+        once, best = readings(denoiser, data, objective, samples)
+        read |= {name: once, f"{name}, best of {samples}": best}
         summary[name] |= {"exact": exactly(once, data), "exact_best": exactly(best, data)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     more = {
         "exact": ("names read exactly", "high", ".3f"),
-        "exact_best": (f"the same, best of {SAMPLES} readings", "high", ".3f"),
+        "exact_best": (f"the same, best of {samples} readings", "high", ".3f"),
     }
     print("\n" + table(summary, pool=len(data.test), rows=TABLE | more))
     draw(out / "pictures.png", denoisers, read, data, objective, shown=SHOWN)
@@ -128,7 +128,7 @@ def rows(steps: int) -> dict[str, list[cv.Term]]:
 
 @torch.inference_mode()
 def readings(
-    denoiser: cv.Denoiser, data: Pictures, objective: cv.CycleObjective
+    denoiser: cv.Denoiser, data: Pictures, objective: cv.CycleObjective, samples: int
 ) -> tuple[Tensor, Tensor]:
     """The names of test pictures, one reading each, and the best of several by the model itself.
 
@@ -138,7 +138,7 @@ def readings(
     given = {"text_process": objective.text_process}
     once = cv.decode(denoiser, z, mask, **given)
     best = cv.best_text(
-        denoiser, z, mask, latent_process=objective.latent_process, samples=SAMPLES,
+        denoiser, z, mask, latent_process=objective.latent_process, samples=samples,
         generator=torch.Generator().manual_seed(0), **given,
     )  # fmt: skip
     return once, best.tokens

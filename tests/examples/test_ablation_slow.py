@@ -28,7 +28,7 @@ TOO_FAST = 0.3  # stops early, early
 
 
 def cells():
-    for row in ("unimodal", "half", "pseudo", "pseudo_ridge", "channel"):
+    for row in ("unimodal", "half", "pseudo", "pseudo_ridge"):
         yield Cell("docstrings", row, 1000, 100, 0, 3e-3, 0.1, CAP)
     for pairs in (300, 1000):
         yield Cell("docstrings", "paired", pairs, 0, 0, 3e-3, 0.1, CAP)
