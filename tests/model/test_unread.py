@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cyclevae as cv
 from counters import HostSyncs, PeakBytes, SavedBytes
+from cyclevae.bridges.words import argmax_of_rest
 from cyclevae.diagnostics import cycle_report
 from cyclevae.model.linear_cross_entropy import each_nll, swept
 from cyclevae.model.sweep import rows_at_a_time
@@ -132,6 +133,17 @@ def test_bridges_choose_the_same_words(bridge):
         for logits in (head(hidden), cv.unread_logits(head, hidden))
     ]
     torch.testing.assert_close(*texts)
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 1.0])
+def test_known_words_are_not_looked_for_again(known):
+    head, hidden = made(torch.float32)
+    head.bias.data[TEXT.mask_id] = 1.0  # often the most probable, and forbidden
+    logits = cv.unread_logits(head, hidden)
+    where = torch.rand(MASK.shape) < known
+    best = swept(logits, TOKENS, where).best
+    found = argmax_of_rest(best, where, logits, MASK, text_process=TEXT)
+    torch.testing.assert_close(found, cv.argmax_text(head(hidden), MASK, text_process=TEXT))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -45,9 +45,26 @@ def argmax_text(
         tensor([[3, 1]])
     """
     attention_mask = check_logits(logits, attention_mask, text_process)
-    # several times faster than argmax on a CPU
-    words = _words(logits, attention_mask, lambda x: text_process.forbid(x).max(dim=1).indices)
-    return text_process.frame(words, attention_mask)
+    return text_process.frame(_most_probable(logits, attention_mask, text_process), attention_mask)
+
+
+def argmax_of_rest(
+    words: Tokens,
+    known: Mask,
+    logits: AnyLogits,
+    attention_mask: Mask,
+    *,
+    text_process: TextProcess,
+) -> Tokens:
+    """`argmax_text`, some of whose words are known: the head is run at the other positions alone.
+
+    A known word that is forbidden is looked for again.
+    """
+    allowed = text_process.forbid(torch.zeros(text_process.vocab_size, device=words.device)) == 0
+    known = known & allowed[words]
+    rest = text_process.chosen(attention_mask) & ~known
+    found = _most_probable(logits, rest, text_process)
+    return text_process.frame(torch.where(known, words, found), attention_mask)
 
 
 @at_the_door
@@ -264,6 +281,11 @@ def word_log_probs(
         logits.hidden / temperature, logits.weight, text_process.forbid(bias / temperature)
     )
     return -each_nll(allowed, words, attention_mask)
+
+
+def _most_probable(logits: AnyLogits, mask: Mask, text_process: TextProcess) -> Tokens:
+    """Several times faster than argmax on a CPU."""
+    return _words(logits, mask, lambda x: text_process.forbid(x).max(dim=1).indices)
 
 
 def _words(logits: AnyLogits, mask: Mask, choose: Callable[..., Tensor], *more: Tensor) -> Tokens:

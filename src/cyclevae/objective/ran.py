@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from cyclevae._base.types import AnyTokens, Latents, Mask, Number, Time
+from cyclevae._base.types import AnyTokens, Latents, Mask, Number, Time, Tokens
 from cyclevae.bridges.text import TextBridge
 from cyclevae.model.unread import AnyLogits
 from cyclevae.objective.requests import Decode, Encode
@@ -25,6 +25,7 @@ class Ran(NamedTuple):
         lengths: of all texts to be written, once they are drawn.
         z_hats: by pass and guards.
         pseudo_texts: by request and bridge.
+        words: the most probable ones that losses of unread logits met, and where, by pass.
     """
 
     passes: dict[int, Any]
@@ -32,8 +33,9 @@ class Ran(NamedTuple):
     lengths: list[Mask]
     z_hats: list[tuple[int, Any, Latents]]
     pseudo_texts: list[tuple[Decode, TextBridge, AnyTokens]]
+    words: dict[int, tuple[Tokens, Mask]]
 
     @classmethod
     def nothing(cls) -> "Ran":
         """Before the first pass."""
-        return cls({}, [], [], [], [])
+        return cls({}, [], [], [], [], {})

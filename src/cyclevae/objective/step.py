@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cyclevae._base.types import (
@@ -15,9 +16,11 @@ from cyclevae._base.types import (
     Number,
     Rows,
     Time,
+    Tokens,
 )
 from cyclevae.bridges.latent import encode_text
 from cyclevae.bridges.text import TextBridge, pseudo_text
+from cyclevae.bridges.words import argmax_of_rest
 from cyclevae.gradient_policy.gate import refuse_reentrant
 from cyclevae.gradient_policy.policy import GradientPolicy
 from cyclevae.model.denoiser import Denoiser
@@ -151,13 +154,7 @@ class Step(NamedTuple):
             if how == bridge and asked == request:
                 return self._own(text, request)
         decoded = self._replace(verdicts={}).decoded(request)
-        text = pseudo_text(
-            decoded.logits,
-            decoded.mask,
-            text_process=self.text_process,
-            bridge=bridge,
-            generator=self.generator,
-        )
+        text = self._written(decoded, request, bridge)
         if request.learns and not text.is_floating_point():
             raise ValueError(
                 f"the {str(bridge)!r} bridge of `{self.name}` returned {text.dtype} ids, which have"
@@ -165,6 +162,21 @@ class Step(NamedTuple):
             )
         self.ran.pseudo_texts.append((request, bridge, text))
         return self._own(text, request)
+
+    def met(self, request: Decode, words: Tokens, where: Mask) -> None:
+        """Keep the most probable words that a loss met on its way through unread logits.
+
+        The `argmax` of the same pass need not run its head there again. Of first rows and
+        positions of the pass, as those of a loss are that counts pairs alone.
+        """
+        place = self.plan.serving(request)
+        decoded: Decoded = self.ran.passes[place]
+        unread = isinstance(decoded.logits, UnreadLogits) and words.device.type == "cpu"
+        if unread and not torch.compiler.is_compiling():  # elsewhere all positions are computed
+            sizes = zip(decoded.mask.shape, words.shape, strict=True)
+            rows, length = (whole - part for whole, part in sizes)
+            padding = 0, length, 0, rows
+            self.ran.words[place] = F.pad(words, padding), F.pad(where, padding)
 
     def let_go(self, terms: int) -> None:
         """Forget what none of the terms after the first so many reads: logits are large."""
@@ -252,6 +264,21 @@ class Step(NamedTuple):
         if not request.learns:
             return output.detach()
         return self.verdicts[self.name].gate(output) if self.verdicts else output
+
+    def _written(self, decoded: Decoded, request: Decode, bridge: TextBridge) -> AnyTokens:
+        logits, mask = decoded.logits, decoded.mask
+        place = self.plan.serving(request)
+        if bridge.name == "argmax" and place in self.ran.words:
+            words, where = [self._pick(part, request, place) for part in self.ran.words[place]]
+            return argmax_of_rest(words, where, logits, mask, text_process=self.text_process)
+        text: AnyTokens = pseudo_text(
+            logits,
+            mask,
+            text_process=self.text_process,
+            bridge=bridge,
+            generator=self.generator,
+        )
+        return text
 
     def _pick(self, values: Tensor, request: Decode | Encode, place: int) -> Tensor:
         """The rows of a request among those of the pass that serves it."""

@@ -134,6 +134,8 @@ class Text(Term):
             step.text_process, taught, weighting=self.weighting, count=step.denominator()
         )
         counted = decoded.counted
+        if isinstance(asked, Decode):
+            step.met(asked, best, counted)
         shown = counted if null is None else counted & ~null[:, None]
         hits = (best == decoded.targets) & shown
         step.metrics[f"{self.name}_accuracy"] = hits.sum() / shown.sum().clamp(min=1)
