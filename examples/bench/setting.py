@@ -1,7 +1,7 @@
 """Where and how large the benchmarks run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,10 +43,10 @@ class Setting:
         theirs: Call,
         *,
         target: float | None = None,
-        limit: Call | None = None,
+        limit: Callable[[], Call] | None = None,
         rounds: int = 3,
     ) -> Row:
-        """The times of both, side by side; of `limit`, what ours cannot save, if they are short."""
+        """The times of both, side by side; if short, of what `limit` makes: ours cannot save it."""
         found = compare(
             ours,
             theirs,
@@ -58,7 +58,7 @@ class Setting:
         row = Row(benchmark, case, "time", against, self.device.type, *found, target)
         if limit is None or row.verdict != "short":
             return row
-        least = compare(limit, theirs, rounds=rounds, clock=clock_of(self.device)).ratio
+        least = compare(limit(), theirs, rounds=rounds, clock=clock_of(self.device)).ratio
         return replace(row, limit=least)
 
     def peak(
@@ -70,14 +70,26 @@ class Setting:
         theirs: Call,
         *,
         target: float | None = None,
-        limit: Call | None = None,
+        limit: Callable[[], Call] | None = None,
     ) -> Row:
-        """The bytes of both at their peak; of `limit`, what ours cannot save, if they are short."""
+        """The bytes of both at their peak; of what `limit` makes, as in `time`, if short."""
         peaks = [peak_bytes(call, self.device) for call in (ours, theirs)]
         row = self.row(benchmark, case, "peak bytes", against, *peaks, target=target)
         if limit is None or row.verdict != "short":
             return row
-        return replace(row, limit=peak_bytes(limit, self.device) / peaks[1])
+        return replace(row, limit=peak_bytes(limit(), self.device) / peaks[1])
+
+    def dtypes(self, width: int, widest: int) -> tuple[torch.dtype, ...]:
+        """Single and half precision; the former alone where a wide step takes minutes in the other.
+
+        As on a CPU without units for bf16, whose times tell nothing of machines that have them.
+        """
+        both = torch.float32, torch.bfloat16
+        if width <= widest or self.device.type != "cpu":
+            return both
+        single, half = (torch.randn(512, 512).to(dtype) for dtype in both)
+        ratio = compare(lambda: half @ half, lambda: single @ single, seconds=0.3).ratio
+        return both[: 1 if ratio > 2 else 2]
 
     def memory(self) -> int:
         """Bytes of the device that a benchmark may take: half of them."""

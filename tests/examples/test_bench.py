@@ -113,8 +113,8 @@ def test_a_limit_is_measured_of_what_falls_short_alone():
         return lambda: torch.zeros(size).sum()
 
     given = "step", "case", "theirs", taking(2**20), taking(2**21)
-    assert setting.peak(*given, target=0.6, limit=taking(2**19)).limit is None
-    short = setting.peak(*given, target=0.4, limit=taking(2**19))
+    assert setting.peak(*given, target=0.6, limit=lambda: taking(2**19)).limit is None
+    short = setting.peak(*given, target=0.4, limit=lambda: taking(2**19))
     assert short.verdict == "short" and short.limit == pytest.approx(0.25, rel=0.01)
     assert line(short).endswith("| short, limit 0.25 |")
 
