@@ -57,7 +57,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> int:
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(2)  # fixed, because sums in another order differ in their last digits
+    torch.set_num_threads(options.threads)
     out: Path = options.output
     out.mkdir(parents=True, exist_ok=True)
     log = out / "metrics.jsonl"
@@ -161,6 +161,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each run (default 1000; quick: 30)")
     parser.add_argument("--output", type=Path, default=Path("runs/pictures"))
+    parser.add_argument(
+        "--threads", type=int, default=2, help="sums in another order differ in their last digits"
+    )
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "pictures")
     options = parser.parse_args()
     options.steps = options.steps or (30 if options.quick else 1000)

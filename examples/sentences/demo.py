@@ -55,7 +55,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> int:
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(2)  # fixed, because sums in another order differ in their last digits
+    torch.set_num_threads(options.threads)
     out: Path = options.output
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("*.safetensors"), out / "summary.json", out / "curves.png"):
@@ -176,6 +176,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each run (default 600; quick: 45)")
     parser.add_argument("--output", type=Path, help="default runs/demo (quick: runs/quick)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="sums in another order differ in their last digits"
+    )
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "sentences")
     options = parser.parse_args()
     options.output = options.output or Path("runs/quick" if options.quick else "runs/demo")

@@ -21,7 +21,7 @@ METRICS = {
 def demo(cache, output, *arguments, **options):
     command = [sys.executable, str(DEMO), "--quick", "--cache", str(cache), "--output", str(output)]
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, "--threads", "1", *arguments],  # as another worker runs beside
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -76,7 +76,7 @@ def test_without_the_pictures_the_cure_is_named(monkeypatch):
 
 def test_the_demo_leaves_an_image_a_table_and_checkpoints(folder, tmp_path):
     demo = [sys.executable, PICTURES.parent / "demo.py", "--pictures"]  # as make demo runs it
-    command = [*demo, "--quick", "--steps", "4", "--cache", folder]
+    command = [*demo, "--quick", "--steps", "4", "--threads", "1", "--cache", folder]
     ran = subprocess.run(
         [*command, "--output", tmp_path], capture_output=True, text=True, timeout=500
     )

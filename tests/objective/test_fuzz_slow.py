@@ -20,6 +20,11 @@ SHARDS, DRAWS = 20, 500
 ODDS = 0.01
 WIDTH, WORDS, SRC = 4, 7, str(Path(cv.__file__).parent)
 
+torch.manual_seed(0)
+NETWORK = ToyNetwork(WORDS, WIDTH)
+DENOISER = cv.as_denoiser(NETWORK)
+JUDGE = teacher_of(DENOISER)
+
 JUNK = [
     *(None, True, "", "mmd", "1e-1", -1, -0.5, 0, 2.5, float("nan"), float("inf"), 10**30, 1 + 2j),
     *([], {}, {"x": 1}, [1, "a"], (), {1, 2}, b"mse", torch.ones(2), torch.tensor(torch.nan)),
@@ -223,10 +228,8 @@ def refused(error, calls):
 
 def draw_and_run(draw):
     """One draw; whether it ran."""
-    torch.manual_seed(0)
-    network = ToyNetwork(WORDS, WIDTH)
-    denoiser = cv.as_denoiser(network)
-    model, judge = Recorder(denoiser), Recorder(teacher_of(denoiser))
+    NETWORK.zero_grad()
+    model, judge = Recorder(DENOISER), Recorder(JUDGE)
     checked, number = draw.random() < 0.8, draw.randrange(4)
     try:
         objective = cv.CycleObjective(
@@ -250,11 +253,11 @@ def draw_and_run(draw):
     except Exception as error:
         refused(error, len(model.calls) + len(judge.calls))
         return False
-    check(objective, network, output, number, len(model.calls) + len(judge.calls))
+    check(objective, output, number, len(model.calls) + len(judge.calls))
     return True
 
 
-def check(objective, network, output, number, calls):
+def check(objective, output, number, calls):
     """Passes as planned, metrics as named, all finite, gradients where `describe` says."""
     assert calls == objective.passes(number)
     running = [term for term in objective.terms if term.name in objective.weights(number)]
@@ -274,8 +277,8 @@ def check(objective, network, output, number, calls):
         for role in request.roles
         if role not in request.freeze
     }
-    roles = {"encoder_only": network.latent_head, "decoder_only": network.text_head}
-    roles["shared"] = network.shared
+    roles = {"encoder_only": NETWORK.latent_head, "decoder_only": NETWORK.text_head}
+    roles["shared"] = NETWORK.shared
     for role in ROLES:
         for parameter in roles[role].parameters():
             if parameter.grad is None:
