@@ -48,8 +48,9 @@ ablation-full: ablation
 	@$(BIN)/python examples/ablation/ablation.py --tier glance --corpus glosses $(ARGS)
 	@$(BIN)/python examples/ablation/evidence.py --results runs/ablation/results --page runs/ablation/evidence.md
 
-ablation-repair: .venv/demo  # against stronger opponents: 1.5 h on 2 cores
+ablation-repair: .venv/demo  # against stronger opponents: 2 h on 2 cores
 	@$(BIN)/python examples/ablation/ablation.py --tier repair --corpus seen $(ARGS)
+	@$(BIN)/python examples/ablation/decoding.py
 	@$(BIN)/python examples/ablation/evidence.py --results runs/ablation/results --page runs/ablation/evidence.md
 
 ablation-quick: .venv/demo

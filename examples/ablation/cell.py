@@ -85,6 +85,14 @@ def describe(data: Sentences, path: Path) -> None:
     )
 
 
+def checkpoint(
+    cell: Cell, data: Sentences, out: Path
+) -> tuple[cv.Denoiser, tuple[cv.TextProcess, cv.LatentProcess]]:
+    """The model that a cell has left, and the processes that it was trained with."""
+    weights = load_file(_weights(cell, out))
+    return _denoiser(cell, data, weights, torch.device("cpu")), _processes(data)
+
+
 def path_of(cell: Cell, out: Path) -> Path:
     return out / "results" / cell.corpus / f"{cell.name}.json"
 

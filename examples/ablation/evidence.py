@@ -65,7 +65,7 @@ def blocks(
         "hours": tables.hours(docstrings, glosses),
     }
     if seen is None:
-        names = ("opponents", "opponents-differences", "few-validation")
+        names = ("opponents", "opponents-differences", "few-validation", "decodings")
         found |= dict.fromkeys(names, NOT_RUN)
     else:
         rivals = [key for key in keys_of(PRIMARY, *REPAIRED) if key != recipe]
@@ -73,6 +73,7 @@ def blocks(
             "opponents": tables.opponents(seen),
             "opponents-differences": tables.beside(seen, rivals, recipe),
             "few-validation": tables.few_validation(seen),
+            "decodings": tables.decodings(seen),
         }
     if glosses is None:
         names = ("glosses", "glosses-primary", "glosses-secondary", "glosses-equivalents")
@@ -115,6 +116,8 @@ def main() -> None:
     images = options.page.parent / "images"
     plots.against_pairs(docstrings, images / "evidence-pairs.svg")
     plots.curves(docstrings, images / "evidence-curves.svg")
+    if seen is not None:
+        plots.decodings(seen, images / "evidence-decoding.svg")
     plots.against_compute(docstrings, FEWER, images / "evidence-compute.svg")
     print(f"wrote {options.page} and its pictures")
 

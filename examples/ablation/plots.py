@@ -116,6 +116,29 @@ def against_compute(results: Results, rows: Sequence[str], path: Path) -> None:
     pyplot.close(figure)
 
 
+def decodings(results: Results, path: Path) -> None:
+    """What a text is worth against the decoder passes that it takes."""
+    if not results.decodings:
+        return
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for row in dict.fromkeys(one["row"] for one in results.decodings):
+        own = [one for one in results.decodings if one["row"] == row and one["l2t"]]
+        for chosen, marks in (("encoder", "o-"), ("decoder", "x")):
+            found = {}
+            for one in own:
+                if f"the {chosen}'s choice" in one["decoding"] or one["decoding"] == "one sample":
+                    found.setdefault(one["l2t"], []).append(one["cosine"])
+            passes = sorted(found) if chosen == "encoder" else sorted(found)[-1:]
+            axis.plot(passes, [np.mean(found[n]) for n in passes], marks, ms=5, color=COLOURS[row],
+                      label=f"{ROWS[row].label}, the {chosen}'s choice")  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("decoder passes a text, 7 a sample; and one of the encoder for each sample")
+    axis.set_title("cosine of the latent and that of its text, encoded again", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    _save(figure, path)
+
+
 def _save(figure: "pyplot.Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -61,6 +61,8 @@ class Results:
         self.train, self.words = about["train"], np.array(about["test_words"], dtype=float)
         told = folder / "baselines.json"
         self.baselines = json.loads(told.read_text())["each"] if told.exists() else []
+        decoded = folder / "decoding.json"
+        self.decodings = json.loads(decoded.read_text())["each"] if decoded.exists() else []
         self.decays: dict[Key, dict[float, list[dict[str, Any]]]] = {}
         self.few: dict[tuple[Key, int], list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("*-*.json")):

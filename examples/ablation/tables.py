@@ -385,3 +385,26 @@ def _best_latent_score(found: Sequence[Mapping]) -> float:
 def _of_direction(found: Sequence[Mapping], direction: str, measure: str) -> float:
     """The mean over checkpoints that one direction chose."""
     return float(np.mean([result["directions"][direction][measure] for result in found]))
+
+
+def decodings(results: Results) -> str:
+    """Every way to decode: what a text costs, and what it is worth, of each row's checkpoints."""
+    each = results.decodings
+    names, rows = ([*dict.fromkeys(one[of] for one in each)] for of in ("decoding", "row"))
+    lines = []
+    for name in names:
+        found = {
+            row: [one for one in each if one["decoding"] == name and one["row"] == row]
+            for row in rows
+        }
+        passes = found[rows[0]][0]
+        cells = [
+            f"{np.mean([one[measure] for one in found[row]]):{form}}"
+            for measure, form in (("cosine", ".3f"), ("words", ".3f"), ("nats", ".2f"))
+            for row in rows
+        ]
+        lines.append([name, f"{passes['l2t']} + {passes['t2l']}", *cells])
+    titles = [
+        f"{title}, {ROWS[row].label}" for title in ("cosine ↑", "words ↑", "nats ↓") for row in rows
+    ]
+    return table(["text", "passes, L2T + T2L", *titles], lines)

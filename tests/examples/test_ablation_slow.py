@@ -11,8 +11,9 @@ import pytest
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
+import decoding
 from baselines import baselines
-from cell import describe, path_of, write
+from cell import checkpoint, describe, path_of, write
 from corpora import CORPORA
 from data import encode
 from evidence import blocks, fill
@@ -89,6 +90,20 @@ def test_the_page_is_filled_from_the_results(options):
     for name in ("primary", "core", "health", "costs", "baselines", "controls", "secondary"):
         assert f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- /{name} -->" in page
         assert "nan" not in parts[name]
+
+
+def test_every_way_to_decode_is_measured(options):
+    cell = next(cell for cell in cells() if cell.row == "half")
+    data = CORPORA["docstrings"].load(options.cache, LIMIT, cell.pairs, cell.seed)
+    denoiser, processes = checkpoint(cell, data, options.out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "SAMPLES", (1, 2))
+        patch.setattr(decoding, "DECODED", 8)
+        found = {one["decoding"]: one for one in decoding.decodings(denoiser, processes, data)}
+    itself, nearest = found["the sentence itself"], found["the nearest pair's text"]
+    assert itself["words"] == 1 and itself["cosine"] == pytest.approx(1, abs=0.05)
+    assert nearest["words"] < 1 and nearest["nats"] < found["one sample"]["nats"]
+    assert found["of 2 samples, the encoder's choice"]["l2t"] == 15
 
 
 def test_the_committed_pages_say_what_the_committed_results_do():
