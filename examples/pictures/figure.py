@@ -8,6 +8,7 @@ import matplotlib
 import torch
 from data import UNK
 from emoji_data import Pictures
+from PIL import Image
 from torch import Tensor
 
 import cyclevae as cv
@@ -42,6 +43,7 @@ def draw(
     _read_pictures(below, named, read, data)
     figure.text(0.995, 0.002, CREDIT, ha="right", va="bottom", fontsize=7, color="gray")
     figure.savefig(path, dpi=110)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
     pyplot.close(figure)
 
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cyclevae as cv
 from counters import HostSyncs
 from cyclevae import check_values
 from cyclevae.adapters.latentdlm import load_weights, resume, with_cycle
+from cyclevae.adapters.latentdlm.trainer import rows_of
 from cyclevae.adapters.latentdlm.watch import Watch
 from latentdlm_host import make_batch, make_host
 
@@ -50,6 +52,26 @@ def plain_state(monkeypatch):
     monkeypatch.setattr(
         "cyclevae.adapters.latentdlm.checkpoints._STATE", ("types", "SimpleNamespace")
     )
+
+
+# From a checkpoint to a text
+
+
+def test_what_was_trained_writes_and_reads(tmp_path):
+    folder = save(tmp_path / "latest", cycle())
+    trainer = cycle()
+    load_weights(folder, trainer)
+    rows = rows_of(make_batch(seed=0))
+    processes = {"text_process": trainer.text_process, "latent_process": trainer.latent_process}
+    written = cv.best_text(
+        trainer.denoiser, rows.latents, rows.attention_mask, samples=2, steps=2, **processes
+    )
+    assert written.tokens.shape == rows.tokens.shape
+    found = cv.encode(trainer.denoiser, written.tokens, written.attention_mask, **processes)
+    assert found.shape == rows.latents.shape
+    trainer.loss_type = "l2t"
+    with pytest.raises(ValueError, match="loss_type 'l2t' runs no cycles"):
+        trainer.denoiser  # noqa: B018
 
 
 # A dead model

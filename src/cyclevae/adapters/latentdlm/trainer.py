@@ -28,7 +28,9 @@ from cyclevae.objective.objective import CycleObjective
 from cyclevae.objective.output import StepOutput
 from cyclevae.objective.statistics import mean_norm
 from cyclevae.objective.term import Term, UnpairedTerm, Weight
+from cyclevae.processes.latent import LatentProcess
 from cyclevae.processes.schedules import Turn
+from cyclevae.processes.text import TextProcess
 from cyclevae.scale.checkpointing import checkpoint_passes
 
 _log = logging.getLogger("cyclevae")
@@ -179,6 +181,35 @@ class CycleTrainer(nn.Module):
         check_mode(mode)
         self._begin(mode)
         self.host.loss_type = mode
+
+    @property
+    def denoiser(self) -> HostDenoiser:
+        """The model, as `encode`, `decode` and `best_text` take it.
+
+        Raises:
+            ValueError: a run without `cycle_vae`; so do both processes.
+        """
+        self._need_cycles()
+        return self._plain
+
+    @property
+    def text_process(self) -> TextProcess:
+        """That of the host's texts."""
+        return self._need_cycles().text_process
+
+    @property
+    def latent_process(self) -> LatentProcess:
+        """That of its latents, whose shape the model tells."""
+        process, width = self._need_cycles().latent_process, getattr(self.model, "latent_dim", None)
+        return process if width is None else replace(process, shape=(width,))
+
+    def _need_cycles(self) -> CycleObjective:
+        if self._objective is None:
+            raise ValueError(
+                f"loss_type {self.host.loss_type!r} runs no cycles, and this reads their config: "
+                "set `trainer.loss_type = 'cycle_vae'` first"
+            )
+        return self._objective
 
     def train(self, mode: bool = True) -> "CycleTrainer":
         """Set the mode here and in the host's trainer."""
