@@ -134,7 +134,8 @@ class _Each(torch.autograd.Function):
     ) -> Tensor:
         nll, total = [], []
         with no_autocast(hidden):
-            for _, logits, label in chunks_of(hidden, weight, bias, labels):
+            matrix = for_products(weight, hidden.dtype)
+            for _, logits, label in chunks_of(hidden, matrix, bias, labels):
                 logits = fp32(logits)
                 total.append(logits.logsumexp(dim=1, keepdim=True))
                 nll.append(total[-1] - logits.gather(1, label))
@@ -147,10 +148,11 @@ class _Each(torch.autograd.Function):
         if torch.is_grad_enabled():
             nll = _plain(hidden, weight, bias, labels)
             return *_gradients(ctx, nll, (hidden, weight, bias), gradient), None
-        sums = _Sums(hidden, weight, bias, ctx.needs_input_grad[:3])
         with no_autocast(hidden):
+            matrix = for_products(weight, hidden.dtype)
+            sums = _Sums(hidden, weight, bias, matrix, ctx.needs_input_grad[:3])
             for x, logits, label, norm, g in chunks_of(
-                hidden, weight, bias, labels, total, gradient
+                hidden, matrix, bias, labels, total, gradient
             ):
                 off = fp32(logits).sub_(norm).exp_().mul_(g.sum(dim=1, keepdim=True))
                 sums.add(off.scatter_add_(1, label, -g), x, None)
@@ -160,12 +162,14 @@ class _Each(torch.autograd.Function):
 class _Sums:
     """The gradients of a head, summed over chunks of positions in fp32 or better."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, wanted: Any
+    ) -> None:
         to_hidden, to_weight, to_bias = wanted
         # a sum over positions may be more than fp16 holds, before it is divided by their number
         self.kept = torch.promote_types(weight.dtype, torch.bfloat16)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.head, self.to = for_products(weight, hidden.dtype), hidden.dtype
+        self.head, self.to = matrix, hidden.dtype
         self.hidden: list[Tensor] | None = [] if to_hidden else None
         self.weight = torch.zeros_like(weight, dtype=dtype) if to_weight else None
         self.bias = weight.new_zeros(len(weight), dtype=dtype) if to_bias else None
@@ -206,9 +210,10 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The weighted sum, the most probable words, and the gradients that are wanted."""
     with no_autocast(hidden):
-        total, best, sums = fp32(hidden[:0]).sum(), [], _Sums(hidden, weight, bias, wanted)
+        matrix = for_products(weight, hidden.dtype)
+        total, best, sums = fp32(hidden[:0]).sum(), [], _Sums(hidden, weight, bias, matrix, wanted)
         more = () if weights is None else (weights,)
-        for x, logits, label, *given in chunks_of(hidden, weight, bias, labels, *more):
+        for x, logits, label, *given in chunks_of(hidden, matrix, bias, labels, *more):
             logits = fp32(logits)
             highest, word = logits.max(dim=1, keepdim=True)
             true = logits.gather(1, label)

@@ -35,11 +35,13 @@ def for_products(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def chunks_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *more: Tensor
+    hidden: Tensor, matrix: Tensor, bias: Tensor | None, *more: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Hidden states `[n, h]`, their logits, and more, some rows at a time."""
-    dtype, size = hidden.dtype, rows_at_a_time(weight)
-    matrix = for_products(weight, dtype)
+    """Hidden states `[n, h]`, their logits, and more, some rows at a time.
+
+    The weight comes as a `matrix` for products, of which one copy serves forward and gradient.
+    """
+    dtype, size = hidden.dtype, rows_at_a_time(matrix)
     shift = None if bias is None else for_products(bias, dtype)
     for x, *rest in zip(*(torch.split(part, size) for part in (hidden, *more)), strict=True):
         x = for_products(x, dtype)
@@ -59,7 +61,8 @@ def over_rows(
         hidden, more = hidden[rows.to(hidden.device)], tuple([part[rows] for part in more])
     found = []
     with torch.no_grad(), no_autocast(hidden):
-        for _, *parts in chunks_of(hidden, logits.weight, logits.bias, *more):
+        matrix = for_products(logits.weight, hidden.dtype)
+        for _, *parts in chunks_of(hidden, matrix, logits.bias, *more):
             found.append(function(*parts))
     result = torch.cat(found)
     if rows is not None:
