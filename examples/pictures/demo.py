@@ -162,7 +162,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of each run (default 1000; quick: 30)")
     parser.add_argument("--output", type=Path, default=Path("runs/pictures"))
     parser.add_argument(
-        "--threads", type=int, default=2, help="sums in another order differ in their last digits"
+        "--threads", type=int, default=1, help="sums in another order differ in their last digits"
     )
     parser.add_argument("--cache", type=Path, default=HERE.parents[1] / ".cache" / "pictures")
     options = parser.parse_args()
