@@ -42,7 +42,10 @@ def health(z, mean, variance, active=0.01):
 
 
 def retrieval(z_hat, z, k):
-    """Recall at 1, the share never found, and how often each latent is among the k nearest."""
+    """Recall at 1, the share never found, and how often each latent is among the k nearest.
+
+    For each text that has it.
+    """
     pool = sorted({tuple(row) for row in z})
     counts, hits = [0] * len(pool), 0
     for query, own in zip(z_hat, z, strict=True):
@@ -53,5 +56,5 @@ def retrieval(z_hat, z, k):
         best = sorted(range(len(pool)), key=lambda j: -cosines[j])
         hits += pool[best[0]] == tuple(own)
         for j in best[:k]:
-            counts[j] += 1
+            counts[j] += 1 / sum(pool[j] == tuple(row) for row in z)
     return {"recall": hits / len(z), "never": counts.count(0) / len(pool)}, counts

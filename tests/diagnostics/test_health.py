@@ -110,6 +110,8 @@ def test_zeros_retrieve_by_chance_and_equal_latents_are_one():
     half = z[:5].repeat(2, 1)
     assert retrieval(half, half).recall == 1
     assert retrieval(half, half).never == retrieval(half, half).hubness == 0
+    z[1] = z[0]  # found by two texts, and no hub
+    assert retrieval(z, z, k=1).hubness == retrieval(z, z, k=1).never == 0
 
 
 def test_no_graph():

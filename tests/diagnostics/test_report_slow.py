@@ -367,6 +367,9 @@ def test_a_picture_needs_matplotlib_and_a_notebook_does_without(monkeypatch, tmp
     assert html.count("<table>") == 6 and html.count("data:image/png;base64,iVBOR") == 1
     for verdict in found.verdicts:
         assert f">{verdict.mark}</td>" in html and escape(verdict.sentence) in html
+    found.save_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html><meta charset") and page.endswith(html)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
         found.plot(tmp_path / "cheat.png")

@@ -227,6 +227,11 @@ def test_terms_of_ones_own_survive():
         ValueError, match=r"`terms.norm` is no term that is known.*terms={'norm': C"
     ):
         read(config)
+    other = changed(config, ("terms",), {"nrm": {"power": 2}})
+    once = read(other, terms={"nrm": Norm})
+    assert read(once.to_config(), terms={"nrm": Norm}) == once
+    with pytest.raises(ValueError, match="`terms` must be a Mapping"):
+        read(config, terms=[Norm])
     wrong = changed(config, ("terms", "norm", "power"), "two")
     with pytest.raises(ValueError, match=r"`terms\.norm\.power` must be an integer, got 'two'"):
         read(wrong, terms={"norm": Norm})

@@ -364,6 +364,25 @@ def test_a_term_must_say_what_it_reads_and_what_it_costs():
         run(of(half, cv.Latent()))
 
 
+def test_a_term_whose_options_no_file_would_hold_is_refused():
+    class Undecorated(cv.Text):
+        gamma: float = 0.3
+
+    with pytest.raises(TypeError, match=r"Undecorated has no field 'gamma'.*@dataclass"):
+        Undecorated()
+
+
+def test_a_prior_of_ones_own_must_return_a_scalar_with_a_graph():
+    def run_with(function):
+        return run(of(cv.Latent(), cv.Prior(function, name="own")))
+
+    for function in (lambda z: z.mean().item(), lambda z: None, lambda z: z.mean(dim=0)):
+        with pytest.raises(TypeError, match="the function of `own` must return a tensor without"):
+            run_with(function)
+    with pytest.warns(match="`own` has no graph, so that nobody learns"):
+        assert run_with(lambda z: z.detach().mean()).metrics["own_loss"].isfinite()
+
+
 def test_what_goes_wrong_before_any_pass():
     """A check of one's own, at construction and at a step, is told with the name of the term."""
 

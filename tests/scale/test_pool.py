@@ -35,3 +35,10 @@ def test_one_batch_keeps_its_counts():
 def test_counts_that_do_not_go_together_are_refused(counts, words):
     with pytest.raises(ValueError, match=words):
         cv.pool_counts(counts)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("counts", [{"a": torch.ones(())}, [toy_batch(seed=0)]])
+def test_what_are_no_counts_of_batches_is_refused(counts):
+    with pytest.raises(TypeError, match=r"must be a list.*pool_counts\(\[objective.counts"):
+        cv.pool_counts(counts)

@@ -288,5 +288,15 @@ def test_a_network_of_another_kind_is_told_where_to_read():
         check_denoiser(cv.as_denoiser(Other()), TEXT, LATENT)
     with pytest.raises(AssertionError, match=rf"tokens \[2, 9\].*IndexError.*{page}"):
         check_denoiser(cv.as_denoiser(Transformer(positions=6)), TEXT, LATENT, lengths=(9, 2))
+
+    class Named(Transformer):
+        def forward(self, tokens, latents, text_time, latent_time, attention_mask):
+            state = {"text_time": text_time, "latent_time": latent_time}
+            made = super().forward(tokens, latents, **state, attention_mask=attention_mask)
+            return dict(enumerate(made))
+
+    returns_a_dict = Named(positions=6)  # which texts of 7 words do not reach
+    with pytest.raises(AssertionError, match=r"must return \(logits, latent_prediction\)"):
+        check_denoiser(cv.as_denoiser(returns_a_dict), TEXT, LATENT)
     with pytest.raises(ValueError, match=r"`lengths` must be of two texts or more.*got \(7,\)"):
         check_denoiser(cv.as_denoiser(Transformer()), TEXT, LATENT, lengths=(7,))

@@ -123,6 +123,18 @@ def test_join_batches():
     assert join_batches([cv.Batch()]) == cv.Batch()
 
 
+def test_join_batches_of_which_some_are_marked():
+    one, other = cv.Batch(*toy_batch(0, 3)[:5]), cv.Batch(*toy_batch(1, 2)[:5])
+    marked = other._replace(has_latent=torch.tensor([True, False]))
+    assert (one | marked).has_latent.tolist() == [True] * 4 + [False]
+    assert (marked | one).has_latent.tolist() == [True, False, True, True, True]
+    assert (one | marked).has_text is None
+    long = toy_batch(0, 3)._replace(pseudo_text_mask=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="`pseudo_text_mask` is given for some of the batches"):
+        long | toy_batch(1, 2)
+    assert (long | other).pseudo_text_mask.shape == (3, 4)  # which has no latents to decode
+
+
 def test_join_batches_of_latents_of_variable_length():
     def some(n):
         return cv.Batch(unpaired_latents=torch.ones(2, n, 4), unpaired_latent_mask=torch.ones(2, n))
@@ -237,7 +249,8 @@ def test_statistics_of_a_call():
 def test_a_term_that_rests_is_not_refused():
     later = cv.ramp(1.0, warmup_steps=5)
     make = makes(contrastive_weight=later, prior_weight=later)
-    check_ranks(make, [STEPS[:2]], step=4)
+    with pytest.warns(match="`(prior|contrastive)` has not begun at step 4 .*step=5"):
+        check_ranks(make, [STEPS[:2]], step=4)
     with pytest.raises(ValueError, match=r"^`prior`: "):
         check_ranks(make, [STEPS[:2]], step=5)
 

@@ -123,6 +123,11 @@ class Sharded(nn.Module):
     [
         ({"denoiser": 3}, TypeError, "`denoiser` must be what as_denoiser makes, or a network"),
         (
+            {"denoiser": cv.StepModule(toy_denoiser()[0], OBJECTIVE)},
+            TypeError,
+            "`denoiser` is a StepModule: give the network in it",
+        ),
+        (
             {"objective": OBJECTIVE.to_config()},
             TypeError,
             "`objective` must be a CycleObjective, got dict",

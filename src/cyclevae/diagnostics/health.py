@@ -173,6 +173,7 @@ def retrieval(
         )
     nearest = (direction(x) @ direction(pool).T).topk(k, dim=1).indices
     counts = nearest.flatten().bincount(minlength=len(pool)).double()
+    counts /= own.bincount()  # equal latents are found by as many texts
     return Retrieval(
         recall=(nearest[:, 0] == own).double().mean().item(),
         hubness=_skewness(counts),

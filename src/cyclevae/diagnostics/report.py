@@ -1,10 +1,12 @@
 """A report on a cycle: its numbers, a verdict for each pitfall, a table and a picture."""
 
 import math
+import os
 from base64 import b64encode
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -136,6 +138,11 @@ class CycleReport:
             f"{html_table(rows, left=True)}{shown}"
             f"<details><summary>numbers</summary>{tables}</details>"
         )
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write what a notebook shows to a file that a browser opens, the picture inside."""
+        head = f'<!doctype html><meta charset="utf-8"><title>{escape(self.title)}</title>'
+        Path(path).write_text(head + self._repr_html_(), encoding="utf-8")
 
     def _tables(self) -> list[list[list[str]]]:
         width = len(self.latents.mean)

@@ -145,6 +145,11 @@ def _lacking(rows: str, *names: str) -> ValueError:
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, in their order, padded to the longest text and latent.
 
+    Where some of them mark what is there and others do not, all of these others is.
+
+    Raises:
+        ValueError: lengths for the texts to be written, or for the latents, of some of them alone.
+
     Examples:
         >>> from cyclevae.testing import toy_batch
         >>> join_batches([toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]).latents.shape
@@ -153,6 +158,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
     masks = [name for name in Batch._fields if name.endswith("latent_mask")]
     masked = any(getattr(batch, name) is not None for batch in batches for name in masks)
     joined = {}
+    batches = _marked_alike(batches)
     for name in Batch._fields:
         parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
         if parts and parts[0].ndim > 1 and (masked or "latents" not in name):
@@ -161,6 +167,40 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
             parts = [F.pad(part, more) for part, more in zip(parts, end, strict=True)]
         joined[name] = torch.cat(parts) if parts else None
     return Batch(**joined)
+
+
+_MARKS = {  # of the rows of another part, over so many of its dimensions
+    "has_text": ("tokens", 1),
+    "has_latent": ("latents", 1),
+    "latent_mask": ("latents", 2),
+    "unpaired_latent_mask": ("unpaired_latents", 2),
+}
+_LENGTHS = {
+    "pseudo_text_mask": "unpaired_latents",
+    "unpaired_text_latent_mask": "unpaired_tokens",
+}
+
+
+def _marked_alike(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same, each with the marks that any of them has: of its rows all, where it had none."""
+    for name, part in _LENGTHS.items():
+        told = {getattr(b, name) is not None for b in batches if getattr(b, part) is not None}
+        if len(told) > 1:
+            raise ValueError(
+                f"`{name}` is given for some of the batches to be joined, and for others with "
+                f"`{part}` it is not: give it for all of them, or for none"
+            )
+    for name, (part, ndim) in _MARKS.items():
+        if any(getattr(batch, name) is not None for batch in batches):
+            batches = [
+                batch
+                if (rows := getattr(batch, part)) is None or getattr(batch, name) is not None
+                else batch._replace(
+                    **{name: torch.ones(rows.shape[:ndim], dtype=torch.bool, device=rows.device)}
+                )
+                for batch in batches
+            ]
+    return batches
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:

@@ -112,6 +112,7 @@ def load_objective(
             if isinstance(schedule, Mapping) and _KIND in schedule:  # a class of one's own
                 told["schedule"] = _load_kind(f"{name}.schedule", schedule, by_name)
             options[name] = _load_kind(name, told, by_name | {None: default})
+    terms = {kind.kind(): kind for kind in terms.values()} | dict(terms)  # as `dump` calls it too
     if options.get("terms") is not None:
         options["terms"] = [
             _load_term(str(name), told, terms)

@@ -409,7 +409,8 @@ class CycleObjective:
 
         Args:
             config: the options.
-            terms: the classes of one's own terms, by the name that the configuration calls them.
+            terms: the classes of one's own terms by `Class.kind()`, the name of the class in small
+                letters: `OneWord` is `one_word`.
             processes: the classes of one's own processes, and of schedules of latents.
 
         Raises:
@@ -422,6 +423,7 @@ class CycleObjective:
             >>> CycleObjective.from_config(objective.to_config()) == objective
             True
         """
+        checks.check_type("terms", {} if terms is None else terms, Mapping)
         known = {term.kind(): term for term in SHIPPED} | dict(terms or {})
         kinds = (TextProcess, LatentProcess, UniformTextProcess, HybridTextProcess, *processes)
         return load_objective(cls, config, known, kinds)

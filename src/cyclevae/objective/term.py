@@ -1,5 +1,6 @@
 """What a term of the objective is: a weight, the passes it asks for, and a loss."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -78,6 +79,15 @@ class Term:
             checks.check_positive("cap", self.cap)
         checks.check_count("every", self.every)
         checks.check_share("fraction", self.fraction, above_zero=True)
+        known = {field.name for field in fields(self)}
+        written = inspect.get_annotations(type(self)).items()
+        lost = [name for name, kind in written if name not in known and "ClassVar" not in str(kind)]
+        if lost:
+            raise TypeError(
+                f"{type(self).__name__} has no field {lost[0]!r}, which it annotates: write "
+                "@dataclass(frozen=True, kw_only=True, eq=False) above the class, or no file would "
+                "hold this option"
+            )
         if not self.name:
             object.__setattr__(self, "name", self.kind())
         if not self.name.isidentifier():

@@ -66,6 +66,7 @@ def pool_counts(
         group: the ranks to sum over; all of them if not given.
 
     Raises:
+        TypeError: no list of counts.
         ValueError: no batch, or batches that count different things.
 
     Examples:
@@ -76,6 +77,11 @@ def pool_counts(
         >>> pool_counts([objective.counts(batch) for batch in batches])["latent_loss"]
         tensor(20.)
     """
+    if isinstance(counts, Mapping) or not all(isinstance(each, Mapping) for each in counts):
+        raise TypeError(
+            "`counts` must be a list, of what objective.counts gives for each batch; without "
+            "accumulation pool_counts([objective.counts(batch)])"
+        )
     if not counts:
         raise ValueError("`counts` must hold those of one batch or more, got none")
     names = list(counts[0])

@@ -111,7 +111,7 @@ class DryRun(NamedTuple):
 
 def fitting(batch_of: Callable[[Sequence[int]], DryRun], lengths: Sequence[int] | None) -> DryRun:
     """A batch that the network can take: of given lengths, or the first that fits."""
-    first: Exception | None = None
+    failed: Exception | None = None
     tried = [lengths or ()]
     if lengths is None:
         one_length = not getattr(batch_of((1, 1)).denoiser, "takes_mask", True)
@@ -126,14 +126,14 @@ def fitting(batch_of: Callable[[Sequence[int]], DryRun], lengths: Sequence[int] 
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            first = first or error
+            failed, shown = error, dry
             if isinstance(error, TypeError):  # of the signature, not of the lengths
                 break
-    dry = batch_of(tried[0])
+    dry = shown
     more = ", nor of any other that was tried" if lengths is None else ""
     raise AssertionError(
         f"the network does not run on tokens {list(dry.tokens.shape)} and {dry.latents.dtype} "
-        f"latents {list(dry.latents.shape)}{more} ({type(first).__name__}: {first}). Give "
+        f"latents {list(dry.latents.shape)}{more} ({type(failed).__name__}: {failed}). Give "
         "`lengths=` the lengths of texts that it takes, `dtype=` and `latent_shape=` those of its "
         f"latents; a network with other arguments gets a small module around it: {PAGE}"
-    ) from first
+    ) from failed

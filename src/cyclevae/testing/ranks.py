@@ -1,6 +1,7 @@
 """Ranks and accumulation steps: they must not change the gradient of a training step."""
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from cyclevae.objective.batch import Batch, join_batches
 from cyclevae.objective.in_turn import Phases
 from cyclevae.objective.module import StepModule
 from cyclevae.objective.objective import CycleObjective
+from cyclevae.processes.schedules import Ramp
 from cyclevae.testing._draws import SameDraws
 from cyclevae.testing._processes import run_ranks
 
@@ -48,7 +50,8 @@ def check_ranks(
             other numbers of rows, shorter texts, a rank without unpaired rows. Unpaired latents
             need their `pseudo_text_mask`, because lengths drawn from the texts of a batch depend
             on the split.
-        step: the training step.
+        step: the training step, past the warm-up of every term: one that has not begun is not
+            tested, which a warning says.
         wrap: what training does to the module on each rank, importable like `make`. It is called
             as `wrap(module)(batch, step, counts=counts)`, under its `no_sync()`, where it has one,
             at all accumulation steps but the last; twice, because DDP settles at its first step
@@ -98,6 +101,7 @@ def _joined_gradients(
     """Those of one process that sees all rows at once and is given no counts."""
     with _reproducible():
         module = _make(make)
+        _tell_waiting(module, step)
         _refuse_statistics(module, parts, step)
         batch = _double(join_batches([batch for batches in parts for batch in batches]))
         # except where a term itself draws what counts and divides by the number to be expected
@@ -113,6 +117,18 @@ def _joined_gradients(
             loss = module(batch, step, counts=counts).loss
         loss.backward()  # type: ignore[no-untyped-call]
     return _whole(module)
+
+
+def _tell_waiting(module: StepModule, step: int) -> None:
+    """A term whose ramp has not begun is not tested."""
+    for term in getattr(_at(module.objective, step), "terms", None) or ():
+        if isinstance(ramp := term.weight, Ramp) and ramp.weight and not ramp(step):
+            later = ramp.warmup_steps + ramp.ramp_steps
+            warnings.warn(
+                f"`{term.name}` has not begun at step {step} and is not tested: give step={later}, "
+                "or a later one",
+                stacklevel=4,
+            )
 
 
 def _rank_gradients(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cyclevae.model.denoiser import ModuleDenoiser, as_denoiser
+from cyclevae.objective.module import StepModule
 from cyclevae.objective.objective import CycleObjective
 from cyclevae.objective.term import Term
 
@@ -76,6 +77,8 @@ def save(
         >>> objective.text_process.vocab_size, normaliser
         (7, {'scale': tensor([1., 1., 1., 1.])})
     """
+    if isinstance(denoiser, StepModule):
+        raise TypeError("`denoiser` is a StepModule: give the network in it, `module.denoiser`")
     if isinstance(denoiser, nn.Module):
         denoiser = as_denoiser(denoiser)
     if not isinstance(denoiser, ModuleDenoiser):

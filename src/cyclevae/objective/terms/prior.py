@@ -252,9 +252,24 @@ class Prior(Term):
             generator=generator,
             count=step.denominator(),
         )
+        if callable(self.prior):
+            self._check_value(loss, z_hat)
         if step.rows.has_text is not None:
             loss = torch.where(step.rows.has_text.any(), loss, torch.zeros_like(loss))
         return loss
+
+    def _check_value(self, loss: Any, z_hat: Latents) -> None:
+        """What a function of one's own has returned."""
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = list(loss.shape) if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(
+                f"the function of `{self.name}` must return a tensor without dimensions, got {got}:"
+                " take the mean over rows, and no .item()"
+            )
+        if z_hat.requires_grad:
+            checks.warn_without_graph(
+                self.name, loss, cure="let the function compute with the latents it is given"
+            )
 
     def _value(self, z_hat: Latents, texts: Texts, **given: Any) -> Scalar:
         """The function on latents, with what it asks for by name."""
