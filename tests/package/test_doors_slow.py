@@ -169,13 +169,26 @@ def test_options_of_another_type(function):
     if "generator" in options:
         refused(function, generator=0, words="torch.Generator(device).manual_seed(seed)")
     if "policy" in options:
-        refused(function, policy="detach", words="GradientPolicy(")
+        refused(function, policy="full", words="names are for terms; ")
+        refused(function, policy=0.5, words="GradientPolicy('detach')")
     for name in ("noise", "y_hat", "null_mask", "has_text", "has_latent"):
         if name in options and options[name].default is not options[name].empty:
             refused(function, **{name: np.zeros((2, 4))}, words="torch.as_tensor(")
     for name in ("count", "text_count", "latent_count", "mean", "variance"):
         if name in options:
             refused(function, **{name: [1.0]}, words="must be a number or a torch.Tensor")
+    if "weight" not in options:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
+            function(**arguments(function), weight=1.0)
+
+
+def test_a_bridge_of_the_other_direction_and_a_policy_of_times():
+    given = {"text_process": TEXT, "latent_process": LATENT}
+    for function in (cv.cycle_text_loss, cv.encode_text):
+        with pytest.raises(ValueError, match="`bridge` must be a LatentBridge, got 'categorical'"):
+            function(DENOISER, TOKENS, MASK, bridge="categorical", **given)
+    with pytest.raises(TypeError, match=r"`time` must be a number.*call it for one of each row"):
+        cv.cycle_text_loss(DENOISER, TOKENS, MASK, time=cv.TimePolicy("uniform"), **given)
 
 
 @pytest.mark.parametrize(

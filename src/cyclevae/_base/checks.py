@@ -119,9 +119,11 @@ def check_tensor(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     """Refuse what is neither a number nor a tensor."""
     if not isinstance(value, Real | Tensor | torch.SymFloat | torch.SymInt):
+        cure = f"use torch.as_tensor({name})"
+        if callable(value):  # such as a TimePolicy
+            cure = f"call it for one of each row, {name}(rows, step=step)"
         raise TypeError(
-            f"`{name}` must be a number or a torch.Tensor, got {type(value).__name__}; use "
-            f"torch.as_tensor({name})"
+            f"`{name}` must be a number or a torch.Tensor, got {type(value).__name__}; {cure}"
         )
 
 

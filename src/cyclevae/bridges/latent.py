@@ -237,6 +237,7 @@ def encode_text(
         >>> z_hat.shape, z_hat.requires_grad
         (torch.Size([3, 4]), True)
     """
+    checks.check_type("bridge", bridge, LatentBridge)
     bridge.check_shape(latent_process.shape or () if noise is None else noise.shape[1:])
     latent_process.refuse_ill_conditioned(time)
     times = [time * (1 - k / bridge.steps) if k else time for k in range(bridge.steps)]

@@ -133,6 +133,7 @@ def decode_cycled(
     latent_mask: LatentMaskLike | None = None,
 ) -> tuple[AnyLogits, Tokens, Mask]:
     """The passes of `cycle_text_loss`: logits, what they should be, and where that counts."""
+    checks.check_type("bridge", bridge, LatentBridge)
     check_bridge_maker(maker, policy, made="z_hat" if z_hat is not None else None)
     tokens, mask = text_process.as_text(tokens, attention_mask)
     if z_hat is None:

@@ -34,7 +34,7 @@ def at_the_door(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
-            if name in _KINDS and (value is not None or name in required):
+            if name in _KINDS and name in names and (value is not None or name in required):
                 _KINDS[name](name, value)
         process = given.get("latent_process")
         if isinstance(process, LatentProcess):
@@ -75,6 +75,11 @@ def _check_generator(name: str, value: object) -> None:
 
 
 def _check_policy(name: str, value: object) -> None:
+    if isinstance(value, str):
+        raise TypeError(
+            f"`{name}` must be a GradientPolicy, got {value!r}: names are for "
+            "terms; 'stop_gradient' is GradientPolicy(), and 'full' GradientPolicy('full')"
+        )
     _check_class(name, value, GradientPolicy, "GradientPolicy('detach')")
 
 
