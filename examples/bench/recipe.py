@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from memory import peak_bytes
@@ -26,7 +27,8 @@ def recipe(setting: Setting) -> Found:
                 calls = case.ours, case.l2t
                 rounds = 2 if dtype == torch.bfloat16 else 5
                 given = "recipe", name, "one L2T step"
-                yield setting.time(*given, *calls, target=target, rounds=rounds)
+                least = partial(case.products, encoders=1, share=fraction)
+                yield setting.time(*given, *calls, target=target, limit=least, rounds=rounds)
                 yield setting.peak(*given, *calls)
 
 

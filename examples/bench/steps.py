@@ -131,32 +131,36 @@ class Case:
         )
         loss.backward()
 
-    def passes(self, read: Callable[[Any], Tensor] = read) -> list[Tensor]:
-        """The four passes of a step, each asked for what is read of it."""
-        ones, zeros = (
-            self.latents.new_ones(len(self.latents)),
-            self.latents.new_zeros(len(self.latents)),
-        )
-        masked = self.tokens.masked_fill(self.mask, MASK_ID)
-        decode = {"text_time": ones, "latent_time": zeros, "need": "logits"}
-        encode = {"text_time": zeros, "latent_time": ones, "need": "latents"}
-        run = partial(self.network, attention_mask=self.mask)
-        first, *encoded, last = (
-            run(masked, self.latents, **decode).logits,
-            run(self.tokens, self.latents, **encode).latent_prediction,
-            run(self.tokens, self.latents, **encode).latent_prediction,
-            run(masked, self.latents, **decode).logits,
-        )
-        return [read(first), *encoded, read(last)]
+    def passes(
+        self, read: Callable[[Any], Tensor] = read, *, encoders: int = 2, share: float = 1.0
+    ) -> list[Tensor]:
+        """The passes of a step, each asked for what is read of it.
 
-    def bare(self, read: Callable[[Any], Tensor] = read) -> Call:
+        A decoder's, some of the encoder's, and a decoder's on a share of the rows.
+        """
+        masked = self.tokens.masked_fill(self.mask, MASK_ID)
+        ones = self.latents.new_ones(len(self.latents))
+
+        def run(text: Tensor, rows: int, text_time: float, need: str) -> cv.Denoised:
+            times = text_time * ones[:rows]
+            return self.network(
+                text[:rows], self.latents[:rows], text_time=times, latent_time=1 - times,
+                attention_mask=self.mask[:rows], need=need,
+            )  # fmt: skip
+
+        b, some = len(ones), round(share * len(ones))
+        first = read(run(masked, b, 1.0, "logits").logits)
+        z_hats = [run(self.tokens, b, 0.0, "latents").latent_prediction for _ in range(encoders)]
+        return [first, *z_hats, read(run(masked, some, 1.0, "logits").logits)]
+
+    def bare(self, read: Callable[[Any], Tensor] = read, **options: Any) -> Call:
         """These passes, and their backward from gradients that are there already."""
         with torch.no_grad():
-            gradients = [torch.randn_like(output) for output in self.passes(read)]
+            gradients = [torch.randn_like(output) for output in self.passes(read, **options)]
 
         def call() -> None:
             self.network.zero_grad(set_to_none=False)  # as all but the first step
-            torch.autograd.backward(self.passes(read), gradients)
+            torch.autograd.backward(self.passes(read, **options), gradients)
 
         return call
 
@@ -164,14 +168,14 @@ class Case:
         """The same without text heads, whose logits need not be alive at the peak."""
         return self.bare(lambda logits: logits.hidden)
 
-    def products(self) -> Call:
+    def products(self, **options: Any) -> Call:
         """The same with the heads at the positions that count alone, and no loss of logits."""
-        rows = self.mask.flatten().nonzero().squeeze(1)
 
         def read(logits: Any) -> Tensor:
-            return F.linear(logits.hidden.flatten(0, 1)[rows], logits.weight, logits.bias)
+            counted = logits.hidden[self.mask[: len(logits)]]
+            return F.linear(counted, logits.weight, logits.bias)
 
-        return self.bare(read)
+        return self.bare(read, **options)
 
     def joint(self) -> Call:
         """One pass of both directions, and its backward from gradients that are there already."""
