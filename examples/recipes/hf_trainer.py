@@ -24,6 +24,7 @@ class CycleTrainer(Trainer):
         self.objective = module.objective
         module._keys_to_ignore_on_save = None  # of Hugging Face models; asked for when one loads
         self.terms, self.evaluated = defaultdict[str, list[Tensor]](list), defaultdict(list)
+        self.steps: dict[str, set[int]] = defaultdict(set)  # in which each ran
         self.skips: list[Tensor] = []
         self.add_callback(LeaveOut(self.skips))
 
@@ -44,18 +45,22 @@ class CycleTrainer(Trainer):
         output = model(cv.Batch(**inputs), self.state.global_step, counts=counts)
         for name, value in output.metrics.items():
             share = name == "loss" or name in counts  # of the step's, for this part of its rows
-            self.terms[name].append(
-                value * self.current_gradient_accumulation_steps if share else value
-            )
+            parts = 1 if share else self.current_gradient_accumulation_steps
+            self.terms[name].append(value / parts)
+            self.steps[name].add(self.state.global_step)
         if output.skip is not None:
             self.skips.append(output.skip)
         return (output.loss, output.metrics) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of training
-            terms = {name: torch.stack(values).mean() for name, values in self.terms.items()}
+            terms = {
+                name: torch.stack(values).sum() / len(self.steps[name])
+                for name, values in self.terms.items()
+            }
             logs = {name: value.item() for name, value in terms.items()} | logs
             self.terms.clear()
+            self.steps.clear()
         super().log(logs, *args, **kwargs)
 
     def prediction_step(
@@ -69,7 +74,9 @@ class CycleTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             output = evaluation(self.model.denoiser, batch, step=step, generator=generator)
         for name, value in output.metrics.items():
-            self.evaluated[name].append(torch.stack([value, torch.ones_like(value)]) * rows(batch))
+            self.evaluated[name].append(
+                torch.stack([value, torch.ones_like(value)]) * len(batch.tokens)
+            )
         return output.loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -98,10 +105,6 @@ class LeaveOut(TrainerCallback):
         if any(self.skips):  # waits for the device
             model.zero_grad()  # to None, which optimizers pass over
         self.skips.clear()
-
-
-def rows(batch: cv.Batch) -> int:
-    return max(len(part) for part in batch if part is not None)
 
 
 def main() -> None:
