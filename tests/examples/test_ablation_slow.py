@@ -101,7 +101,8 @@ def test_every_way_to_decode_is_measured(options):
         patch.setattr(decoding, "DECODED", 8)
         found = {one["decoding"]: one for one in decoding.decodings(denoiser, processes, data)}
     itself, nearest = found["the sentence itself"], found["the nearest pair's text"]
-    assert itself["words"] == 1 and itself["cosine"] == pytest.approx(1, abs=0.05)
+    assert itself["words"] == 1  # but for those that are not in the vocabulary
+    assert itself["cosine"] == max(one["cosine"] for one in found.values()) > 0.8
     assert nearest["words"] < 1 and nearest["nats"] < found["one sample"]["nats"]
     assert found["of 2 samples, the encoder's choice"]["l2t"] == 15
 
