@@ -230,13 +230,17 @@ def test_terms_of_ones_own_survive():
     other = changed(config, ("terms",), {"nrm": {"power": 2}})
     once = read(other, terms={"nrm": Norm})
     assert read(once.to_config(), terms={"nrm": Norm}) == once
-    with pytest.raises(ValueError, match="`terms` must be a Mapping"):
-        read(config, terms=[Norm])
     wrong = changed(config, ("terms", "norm", "power"), "two")
     with pytest.raises(ValueError, match=r"`terms\.norm\.power` must be an integer, got 'two'"):
         read(wrong, terms={"norm": Norm})
     with pytest.raises(ValueError, match=r"unknown key `terms\.norm\.pwer`; did you mean 'power'"):
         read(changed(config, ("terms", "norm", "pwer"), 1), terms={"norm": Norm})
+
+
+@pytest.mark.unhooked
+def test_a_list_of_classes_is_refused():
+    with pytest.raises(ValueError, match="`terms` must be a Mapping"):
+        read(of(cv.Latent()).to_config(), terms=[Norm])
 
 
 def test_omegaconf_survives():

@@ -372,6 +372,7 @@ def test_a_term_whose_options_no_file_would_hold_is_refused():
         Undecorated()
 
 
+@pytest.mark.unhooked
 def test_a_prior_of_ones_own_must_return_a_scalar_with_a_graph():
     def run_with(function):
         return run(of(cv.Latent(), cv.Prior(function, name="own")))
