@@ -147,6 +147,7 @@ def test_the_sdist_can_be_tested(archives):
     ):
         assert path in members
     assert "docs/recipes/index.md" in members and "examples/recipes/plain.py" in members
+    assert "docs/images/pictures.png" not in members  # of OpenMoji, under a licence of its own
     caches = ("__pycache__", ".venv", "runs/", ".safetensors", ".bin", ".pt")
     assert not [name for name in members if any(cache in name for cache in caches)]
     assert max(members.values()) < 2**20
