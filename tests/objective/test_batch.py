@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import cyclevae as cv
@@ -88,6 +89,24 @@ def test_a_row_says_which_tokens_it_keeps():
     assert found.need_texts()[1].tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
+def test_latents_of_any_lengths_are_padded_and_masked():
+    long, short = torch.randn(3, 2), torch.randn(1, 2)
+    found = cv.collate(
+        [
+            {"tokens": [3, 4], "latents": long},
+            {"tokens": [5], "latents": short},
+            {"tokens": [6], "latent_mask": [1, 1]},
+            {"latents": long, "latent_mask": [1, 1, 0]},
+        ]
+    )
+    assert torch.equal(found.latents, torch.stack([long, F.pad(short, (0, 0, 0, 2))]))
+    assert found.latent_mask.tolist() == [[True] * 3, [True, False, False]]
+    assert found.unpaired_text_latent_mask.tolist() == [[1, 1, 0]]
+    assert found.unpaired_latent_mask.tolist() == [[1, 1, 0]]
+    one = [{"tokens": [3], "latents": long}, {"tokens": [5], "latents": long}]
+    assert cv.collate(one).latent_mask is None  # nothing varies, nothing is masked
+
+
 @pytest.mark.unhooked
 @pytest.mark.parametrize(
     ("rows", "message"),
@@ -101,8 +120,16 @@ def test_a_row_says_which_tokens_it_keeps():
         ([{"tokens": [1, 2], "attention_mask": [1]}], r"'attention_mask'.*got shape \[1\]"),
         (
             [{"latents": [0.0]}, {"tokens": [1], "latents": [0.0, 1.0]}],
-            r"one shape, got \[\[1\], \[2\]\]; pad those",
+            r"one shape, or as \[n, d\] differ in n alone, got \[\[1\], \[2\]\]",
         ),
+        ([{"latents": [[0.0]]}, {"latents": [[0.0, 1.0]]}], r"got \[\[1, 1\], \[1, 2\]\]"),
+        (
+            [{"tokens": [1]}, {"latents": [[0.0]]}, {"latents": [[0.0], [1.0]]}],
+            r"`rows.0.` is a text beside latents of variable length: give it a `latent_mask`",
+        ),
+        ([{"latents": [0.0], "latent_mask": [1]}], r"'latent_mask'.*got \[1\] and \[1\]"),
+        ([{"latents": [[0.0]], "latent_mask": [1, 1]}], r"'latent_mask'.*got \[2\] and \[1, 1\]"),
+        ([{"tokens": [1], "latent_mask": [[1]]}], r"'latent_mask'.*got \[1, 1\]"),
         ([[1, 2]], "`rows.0.` must be a Mapping"),
     ],
 )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cyclevae._base import checks
 from cyclevae._base.types import LatentMaskLike, Latents, MaskLike, Rows, Tokens
@@ -155,18 +156,28 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         >>> join_batches([toy_batch(seed=0, rows=3), toy_batch(seed=1, rows=2)]).latents.shape
         torch.Size([5, 4])
     """
-    masks = [name for name in Batch._fields if name.endswith("latent_mask")]
-    masked = any(getattr(batch, name) is not None for batch in batches for name in masks)
-    joined = {}
     batches = _marked_alike(batches)
-    for name in Batch._fields:
-        parts = [part for batch in batches if (part := getattr(batch, name)) is not None]
-        if parts and parts[0].ndim > 1 and (masked or "latents" not in name):
-            longest = max(part.shape[1] for part in parts)
-            end = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-            parts = [F.pad(part, more) for part, more in zip(parts, end, strict=True)]
-        joined[name] = torch.cat(parts) if parts else None
+    parts = {
+        name: [part for batch in batches if (part := getattr(batch, name)) is not None]
+        for name in Batch._fields
+    }
+    of_latents = [name for name in parts if name.endswith(("latents", "latent_mask"))]
+    masked = any(parts[name] for name in of_latents if name.endswith("mask"))
+    longest_latent = max((x.shape[1] for name in of_latents for x in parts[name]), default=0)
+    joined = {}
+    for name, found in parts.items():
+        if name in of_latents:
+            longest = longest_latent if masked else None
+        else:
+            longest = max((x.shape[1] for x in found if x.ndim > 1), default=None)
+        if longest is not None:
+            found = [_padded(x, longest) for x in found]
+        joined[name] = torch.cat(found) if found else None
     return Batch(**joined)
+
+
+def _padded(part: Tensor, length: int) -> Tensor:
+    return F.pad(part, (0, 0) * (part.ndim - 2) + (0, length - part.shape[1]))
 
 
 _MARKS = {  # of the rows of another part, over so many of its dimensions
@@ -209,11 +220,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     A row is a mapping with `tokens` `[s]`, `latents` `[...]` or both, as tensors, arrays or lists.
     Texts may have any lengths, and are padded at the end; an `attention_mask` `[s]` says which of
     its tokens a row keeps, all if not given. Rows with both become the pairs, the others those
-    without a partner. Latents have one shape; where they are of variable length, pad them and give
-    a batch their masks.
+    without a partner. Latents `[n, d]` may have any lengths too, and a `latent_mask` `[n]`; a text
+    without a latent then says by it how long a latent the encoder is to write.
 
     Raises:
-        ValueError: no row, an unknown key, a row without a part, an empty text, wrong shapes.
+        ValueError: no row, an unknown key, a row without a part, an empty text, wrong shapes, a
+            text that does not say how long its latent is to be where others differ in that.
 
     Examples:
         >>> both = {"tokens": [3, 4], "latents": [0.1, 0.2]}
@@ -227,31 +239,56 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     if not rows:
         raise ValueError("`rows` is empty, so there is no batch to make of it")
     batches = [_of_row(f"rows[{place}]", row) for place, row in enumerate(rows)]
-    shapes = {
-        part.shape[1:]
-        for b in batches
-        for part in (b.latents, b.unpaired_latents)
-        if part is not None
-    }
-    if len(shapes) > 1:
+    latents = [z for b in batches for z in (b.latents, b.unpaired_latents) if z is not None]
+    shapes = {z.shape[1:] for z in latents}
+    lengths = len({shape[1:] for shape in shapes}) == 1 and all(z.ndim > 2 for z in latents)
+    if len(shapes) > 1 and not lengths:
         raise ValueError(
-            f"latents of `rows` must have one shape, got {sorted(map(list, shapes))}; pad those of "
-            "variable length to one, and give the batch their masks: see Batch.latent_mask"
+            "latents of `rows` must have one shape, or as [n, d] differ in n alone, got "
+            f"{sorted(map(list, shapes))}"
         )
+    if len(shapes) > 1 or any(_latent_mask(batch) is not None for batch in batches):
+        batches = [_with_latent_mask(f"rows[{k}]", batch) for k, batch in enumerate(batches)]
     return join_batches(batches)
+
+
+def _latent_mask(row: Batch) -> LatentMaskLike | None:
+    masks = (row.latent_mask, row.unpaired_latent_mask, row.unpaired_text_latent_mask)
+    return next((mask for mask in masks if mask is not None), None)
+
+
+def _with_latent_mask(where: str, row: Batch) -> Batch:
+    """A row that says how long its latent is: as it is there, if it said nothing."""
+    if _latent_mask(row) is not None:
+        return row
+    latents = row.unpaired_latents if row.latents is None else row.latents
+    if latents is None:
+        raise ValueError(
+            f"`{where}` is a text beside latents of variable length: give it a `latent_mask` [n] "
+            "that says how long a latent the encoder is to write for it"
+        )
+    name = "latent_mask" if row.unpaired_latents is None else "unpaired_latent_mask"
+    mask = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
+    return row._replace(**{name: mask})
 
 
 def _of_row(where: str, row: Mapping[str, Any]) -> Batch:
     """A batch of one row."""
     checks.check_type(where, row, Mapping)
+    known = ("tokens", "attention_mask", "latents", "latent_mask")
     for key in row:
-        checks.check_choice(f"a key of {where}", key, ("tokens", "attention_mask", "latents"))
+        checks.check_choice(f"a key of {where}", key, known)
     given = {key: torch.as_tensor(part)[None] for key, part in row.items() if part is not None}
-    tokens, latents = given.get("tokens"), given.get("latents")
+    tokens, latents, kept = (given.get(name) for name in ("tokens", "latents", "latent_mask"))
+    if kept is not None and (kept.ndim != 2 or (latents is not None and not _fits(kept, latents))):
+        raise ValueError(
+            f"`{where}['latent_mask']` must be [n] for latents [n, d], got {list(kept.shape[1:])}"
+            + ("" if latents is None else f" and {list(latents.shape[1:])}")
+        )
     if tokens is None:
         if latents is None or "attention_mask" in given:
             raise ValueError(f"`{where}` must have `tokens`, `latents` or both, got {list(given)}")
-        return Batch.of_latents(latents)
+        return Batch.of_latents(latents, latent_mask=kept)
     mask = given.get("attention_mask", torch.ones_like(tokens, dtype=torch.bool))
     for name, part in (("tokens", tokens), ("attention_mask", mask)):
         if part.ndim != 2 or not part.numel() or part.shape != tokens.shape:
@@ -260,5 +297,9 @@ def _of_row(where: str, row: Mapping[str, Any]) -> Batch:
                 f"{list(part.shape[1:])}"
             )
     if latents is None:
-        return Batch.of_texts(tokens, mask)
-    return Batch.of_pairs(tokens, mask, latents)
+        return Batch.of_texts(tokens, mask, latent_mask=kept)
+    return Batch.of_pairs(tokens, mask, latents, latent_mask=kept)
+
+
+def _fits(mask: Tensor, latents: Tensor) -> bool:
+    return latents.ndim > 2 and mask.shape == latents.shape[:2]
