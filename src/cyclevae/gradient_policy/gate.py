@@ -109,9 +109,12 @@ class _Swap:
         # Read only now: FSDP2 has put the unsharded parameters in place.
         held = [home[key] for home, key in self.homes]
         learning = {id(p): p for p in held if p is not None and p.requires_grad}
-        hooked = [p for p in learning.values() if _has_hooks(p)]
-        plain = [p for p in learning.values() if not _has_hooks(p)]
-        groups = [hooked[i : i + 1] for i in range(len(hooked))]
+        groups, plain = [], []
+        for parameter in learning.values():
+            if _has_hooks(parameter):
+                groups.append([parameter])
+            else:
+                plain.append(parameter)
         for start in range(0, len(plain), _PARAMETERS_PER_GATE):
             groups.append(plain[start : start + _PARAMETERS_PER_GATE])
         alias_of = {}
