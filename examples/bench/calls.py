@@ -1,6 +1,7 @@
 """Pseudo-texts of a large vocabulary, and calls that take microseconds."""
 
 import timeit
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -61,9 +62,21 @@ def small(setting: Setting) -> Found:
         with cv.freeze(layers):
             pass
 
-    best = min(timeit.repeat(enter, number=5, repeat=100)) / 5  # no other call to divide by
+    def lend() -> None:
+        """As many aliases, put in place of their parameters and taken back, and no more."""
+        homes = [(m._parameters, key) for m in layers.modules() for key in m._parameters]
+        held = [home[key] for home, key in homes]
+        for (home, key), parameter in zip(homes, held, strict=True):
+            home[key] = parameter.view_as(parameter)
+        for (home, key), parameter in zip(homes, held, strict=True):
+            home[key] = parameter
+
+    def fastest(call: Callable[[], None]) -> float:
+        return min(timeit.repeat(call, number=5, repeat=100)) / 5  # no other call to divide by
+
     case = "freeze 300 parameters, fastest round"
-    yield setting.row("small", case, "time", "a millisecond", best, 1e-3, target=1.0)
+    given = "small", case, "time", "a millisecond", fastest(enter), 1e-3
+    yield setting.row(*given, target=1.0, limit=lambda: fastest(lend) / 1e-3)
 
     z, target = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
     tokens = torch.randint(0, 10, (2, 3))

@@ -27,12 +27,14 @@ class Setting:
         theirs: float,
         *,
         target: float | None = None,
+        limit: Callable[[], float] | None = None,
     ) -> Row:
-        """A row whose numbers a single call tells."""
-        return Row(
+        """A row whose numbers a single call tells; if short, beside the ratio that `limit` is."""
+        row = Row(
             benchmark, case, quantity, against, self.device.type, ours, theirs, ours / theirs,
             target=None if self.quick else target,
         )  # fmt: skip
+        return row if limit is None or row.verdict != "short" else replace(row, limit=limit())
 
     def time(
         self,
@@ -74,10 +76,12 @@ class Setting:
     ) -> Row:
         """The bytes of both at their peak; of what `limit` makes, as in `time`, if short."""
         peaks = [peak_bytes(call, self.device) for call in (ours, theirs)]
-        row = self.row(benchmark, case, "peak bytes", against, *peaks, target=target)
-        if limit is None or row.verdict != "short":
-            return row
-        return replace(row, limit=peak_bytes(limit(), self.device) / peaks[1])
+
+        def least() -> float:
+            return peak_bytes(limit(), self.device) / peaks[1]
+
+        given = benchmark, case, "peak bytes", against
+        return self.row(*given, *peaks, target=target, limit=limit and least)
 
     def dtypes(self, width: int, widest: int) -> tuple[torch.dtype, ...]:
         """Single and half precision; the former alone where a wide step takes minutes in the other.
