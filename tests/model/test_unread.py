@@ -12,6 +12,7 @@ import cyclevae as cv
 from counters import HostSyncs, PeakBytes, SavedBytes
 from cyclevae.bridges.words import argmax_of_rest
 from cyclevae.diagnostics import cycle_report
+from cyclevae.model import sweep
 from cyclevae.model.linear_cross_entropy import each_nll, swept
 from cyclevae.model.sweep import rows_at_a_time
 from cyclevae.testing import ToyNetwork, check_denoiser, toy_batch
@@ -114,6 +115,44 @@ def test_autocast_is_that_of_the_pass(inside):
     torch.testing.assert_close(found[1][0], found[0][0])
     torch.testing.assert_close(found[1][1:], found[0][1:], rtol=2e-2, atol=1e-3)
     assert found[1][2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["units of bf16", "products in fp32"])
+@pytest.mark.parametrize("rows", [2, 100], ids=["one chunk", "chunks"])
+def test_half_precision_on_any_cpu(units, rows, monkeypatch):
+    """As far from float64 as logits in half precision are, and the same dtypes."""
+    monkeypatch.setattr(sweep, "has_units", lambda dtype: units)
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 50).bfloat16(), torch.randn(rows, 4, 16).bfloat16()
+    tokens = torch.randint(50, (rows, 4))
+    mask = torch.ones_like(tokens)
+    assert (len(tokens.flatten()) > rows_at_a_time(head.weight)) == (rows > 2)
+    exact_head = copy.deepcopy(head).double()
+    found = []
+    for make, network, x in (
+        (exact_head, exact_head, hidden.double()),
+        (head, head, hidden),
+        (lambda x: cv.unread_logits(head, x), head, hidden),
+    ):
+        x = x.requires_grad_()
+        loss = cv.text_loss(make(x), tokens, mask)
+        found.append((loss, *torch.autograd.grad(loss, [x, *network.parameters()])))
+    exact, plain, unread = found
+    for true, theirs, ours in zip(exact, plain, unread, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.double() - true).norm() / true.norm()
+        assert error <= 1.5 * (theirs.double() - true).norm() / true.norm() + 1e-3
+
+
+def test_units_of_half_precision_are_as_torch_tells(monkeypatch):
+    for told in (True, False):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda told=told: told, raising=False)
+        sweep.has_units.cache_clear()
+        assert sweep.has_units(torch.bfloat16) == told
+        products = sweep.for_products(torch.zeros(1), torch.bfloat16)
+        assert products.dtype == (torch.bfloat16 if told else torch.float32)
+    sweep.has_units.cache_clear()
 
 
 BRIDGES = ["argmax", "categorical", "straight_through", "gumbel", "soft"]

@@ -171,7 +171,8 @@ class _Sums:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.head, self.to = matrix, hidden.dtype
         self.hidden: list[Tensor] | None = [] if to_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if to_weight else None
+        self.learns = to_weight
+        self.weight: Tensor | None = None
         self.bias = weight.new_zeros(len(weight), dtype=dtype) if to_bias else None
 
     def add(self, off: Tensor, x: Tensor, weights: Tensor | None) -> None:
@@ -183,9 +184,13 @@ class _Sums:
             to_x = off @ self.head
             to_x = to_x if weights is None else to_x * weights[:, None].to(x.dtype)
             self.hidden.append(to_x.to(self.to))
-        if self.weight is None:
+        if not self.learns:
             return
         x = x if weights is None else x * weights[:, None].to(x.dtype)
+        if self.weight is None:  # where one chunk is all, there is nothing to sum
+            self.weight = off.t() @ x
+            return
+        self.weight = fp32(self.weight)
         if x.dtype == self.weight.dtype:
             torch.addmm(self.weight, off.t(), x, out=self.weight)
         else:

@@ -1,6 +1,7 @@
 """Unread logits, computed some positions at a time, of those that count."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,24 @@ def kept_rows(mask: Mask) -> Tensor | None:
 def for_products(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to a dtype, in that of the products of matrices.
 
-    On a CPU that is fp32 for half precision, of which most have no units: several times faster.
+    On a CPU without units for half precision that is fp32: several times faster.
     """
-    half = tensor.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    return tensor.to(dtype).float() if half else tensor.to(dtype)
+    rounded = tensor.to(dtype)
+    if dtype in _UNITS and tensor.device.type == "cpu" and not has_units(dtype):
+        return rounded.float()
+    return rounded
+
+
+_UNITS = {  # what torch says of a CPU
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+
+
+@cache
+def has_units(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies half precision in units of its own, as far as torch can tell."""
+    return any([getattr(torch.cpu, name, lambda: False)() for name in _UNITS[dtype]])
 
 
 def chunks_of(
