@@ -248,7 +248,7 @@ def _eager(setting: Setting, case: Case, *, host_like: bool) -> Found:
     if host_like:
         bare = case.bare()
         given = "step", case.name, "bare passes"
-        yield setting.time(*given, case.ours, bare, target=1.03, rounds=rounds)
+        yield setting.time(*given, case.ours, bare, target=1.03, limit=case.products, rounds=rounds)
         if not half:
             yield setting.row(*given[:2], "flops", given[2], _flops(case.ours), _flops(bare))
         yield setting.time("step", case.name, "one L2T step", case.ours, case.l2t)
