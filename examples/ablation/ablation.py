@@ -22,14 +22,17 @@ from functools import partial
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sentences"))
+for _folder in ("sentences", "pictures"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / _folder))
 
 try:
     from baselines import baselines
     from cell import describe, path_of, run, write
     from corpora import CORPORA
-    from data import DemoError, encode
+    from data import DemoError
     from matrix import (
+        ALL,
+        MAP,
         PRIMARY,
         REPAIR_SEEDS,
         ROWS,
@@ -40,6 +43,7 @@ try:
         quick,
         repair,
         search,
+        tier_of_map,
     )
     from stored import Results
     from tables import summary
@@ -52,6 +56,7 @@ TIERS = {
     "core": core,
     "exploratory": exploratory,
     "glance": glance,
+    "map": tier_of_map,
     "quick": quick,
     "repair": repair,
 }
@@ -66,8 +71,12 @@ def main() -> int:
         data = load(PRIMARY, REPAIR_SEEDS[0])  # before the workers
         results = options.out / "results" / options.corpus
         describe(data, results / "corpus.json")
-        deals = {"seeds": REPAIR_SEEDS, "budgets": (PRIMARY,)} if options.tier == "repair" else {}
-        if options.tier in ("exploratory", "quick", "repair"):
+        deals = {}
+        if options.tier in ("repair", "map"):
+            budgets = (*MAP[options.corpus], ALL) if options.tier == "map" else (PRIMARY,)
+            deals = {"seeds": REPAIR_SEEDS, "budgets": budgets}
+        if deals or options.tier in ("exploratory", "quick"):
+            encode = CORPORA[options.corpus].encode
             found = baselines(options.corpus, load if deals else lambda *_: data, encode, **deals)
             write(results / "baselines.json", {"each": found})
         todo = list(cells(options))

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from batches import batches, data_of
-from corpora import CORPORA
-from data import MASK, PAD, UNK, Sentences, Split, encode
+from corpora import CORPORA, first
+from data import MASK, PAD, UNK, Sentences, Split
 from labels import Labels, by_network, by_ridge
 from loop import Trained, Training, fit
 from matrix import ROWS, TUNING_SEED, Cell, Tuned
-from measure import DECODED, both_directions, measure, rounded
+from measure import DECODED, Again, both_directions, measure, rounded
 from row_loss import RowLoss
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -143,9 +143,12 @@ def _trained(
         row, processes, network, train, cell.seed, None if labels is None else labels.latents
     )
     training = Training(
-        cell.learning_rate, cell.weight_decay, cell.cap, LOOKS, ends=row.ends, select=row.select
-    )
-    choosing = _first(_to(data.validation, device), cell.validation)
+        cell.learning_rate, cell.weight_decay, cell.cap, LOOKS, ends=row.ends, select=row.select,
+        each=CORPORA[cell.corpus].each,
+    )  # fmt: skip
+    choosing = _to(data.validation, device)
+    if cell.validation:
+        choosing = first(choosing, cell.validation)
     trained = fit(
         network, row_loss.loss, batches(train, dealt, cell.seed), choosing,
         processes, training, seed=cell.seed, after_step=row_loss.after_step,
@@ -165,25 +168,17 @@ def _flops_of(weights: Path) -> float:
         return float(file.metadata()["flops"])
 
 
-def _first(split: Split, rows: int) -> Split:
-    """The first rows of a split; all of them for 0."""
-    if not rows:
-        return split
-    return Split(
-        split.sentences[:rows],
-        *(part[:rows] for part in (split.tokens, split.attention_mask, split.latents)),
-        split.clusters[:rows],
-    )
-
-
 def _measured(
     cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device, cache: Path
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    processes = _processes(data)
-    seen = data.train.latents[data.fitted_on.latents]
-    sampled = prior_samples(cache, seen, DECODED, processes[1]).to(device)
+    processes, encode = _processes(data), CORPORA[cell.corpus].encode
     denoiser, held_out = _denoiser(cell, data, weights, device), _to(data.test, device)
-    return measure(denoiser, data, held_out, processes, sampled, encode)
+    if encode is None:
+        return measure(denoiser, held_out, processes)
+    seen = data.train.latents[data.fitted_on.latents]
+    sampled = prior_samples(cache, seen, DECODED, processes[1])
+    again = Again(data, encode, sampled.to(device))
+    return measure(denoiser, held_out, processes, again)
 
 
 def _directions(

@@ -1,15 +1,19 @@
 """The corpora: docstrings, on which everything is tuned, and glosses, which see it once.
 
-`seen` is docstrings again, with everything that is fitted fitted to what a cell may see.
+`seen` is docstrings again, with everything that is fitted fitted to what a cell may see. So are the
+corpora of the map, which differ in their latents and have few pairs to choose by.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from data import DemoError, Seen, Sentences, fold, load_sentences, regime_of
+from data import DemoError, Seen, Sentences, Split, encode, fold, load_sentences, regime_of
+from inner_state import with_inner_state
+from measure import Encoder
 from model import JointTransformer
 from torch import Tensor, nn
 
@@ -28,27 +32,73 @@ class Corpus:
         network: a new one, with weights from torch's random state.
         cap: FLOPs, the same for every row of the matrix.
         learning_rate: of every row; without it what the search found for each.
+        encode: sentences to embeddings, to encode again what was decoded; without it, nothing is.
+        each: whether a run goes on while either direction gets better, as on the map, where each
+            has a checkpoint of its own.
     """
 
     load: Callable[[Path, int | None, int, int], Sentences]
     network: Callable[[Sentences], nn.Module]
     cap: float
     learning_rate: float | None = None
+    encode: Encoder | None = encode
+    each: bool = False
+
+
+CHOOSING = 100  # validation pairs of a corpus of the map
 
 
 def _docstrings(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
     return load_sentences(cache, dim=64, min_count=3, limit=limit)
 
 
-def _seen(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
-    def seen(clusters: Tensor) -> Seen:
-        dealt = regime_of(clusters, pairs, seed)
-        return Seen(
-            torch.cat([dealt.paired, dealt.unpaired_text]),
-            torch.cat([dealt.paired, dealt.unpaired_latent]),
-        )
+def shown(clusters: Tensor, pairs: int, seed: int) -> Seen:
+    """What a deal shows: its pairs, and the parts that have no partner."""
+    dealt = regime_of(clusters, min(pairs or len(clusters), len(clusters)), seed)
+    return Seen(
+        torch.cat([dealt.paired, dealt.unpaired_text]),
+        torch.cat([dealt.paired, dealt.unpaired_latent]),
+    )
 
+
+def _seen(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    seen = partial(shown, pairs=pairs, seed=seed)
     return load_sentences(cache, dim=64, min_count=3, limit=limit, seen=seen)
+
+
+def few_to_choose_by(data: Sentences) -> Sentences:
+    return replace(data, validation=first(data.validation, CHOOSING))
+
+
+def first(split: Split, rows: int) -> Split:
+    """The first rows of a split."""
+    parts = (split.tokens, split.attention_mask, split.latents, split.clusters)
+    return Split(split.sentences[:rows], *(part[:rows] for part in parts))
+
+
+def _sentences(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    return few_to_choose_by(_seen(cache, limit, pairs, seed))
+
+
+def _inner(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    return with_inner_state(_sentences(cache, limit, pairs, seed), cache)
+
+
+def _pictures(
+    cache: Path, limit: int | None, pairs: int, seed: int, *, coded: bool = False
+) -> Sentences:
+    from autoencoder import codes  # of the package's pictures, which other corpora do without
+    from emoji_data import load_pictures
+
+    folder = cache.parent / "pictures"
+    data = load_pictures(
+        folder,
+        dim=64,
+        seen=partial(shown, pairs=pairs, seed=seed),
+        codes=partial(codes, folder=folder) if coded else None,
+        progress=False,
+    )
+    return few_to_choose_by(data)
 
 
 def _glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
@@ -112,4 +162,10 @@ CORPORA = {
     "docstrings": Corpus(_docstrings, _joint, cap=1.5e12),
     "seen": Corpus(_seen, _joint, cap=1.5e12),
     "glosses": Corpus(_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3),
+    "sentences": Corpus(_sentences, _joint, cap=1.5e12, encode=None, each=True),
+    "inner": Corpus(_inner, _joint, cap=1.5e12, encode=None, each=True),
+    "pictures": Corpus(_pictures, _joint, cap=0.3e12, encode=None, each=True),
+    "autoencoder": Corpus(
+        partial(_pictures, coded=True), _joint, cap=0.3e12, encode=None, each=True
+    ),
 }

@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import landscape
 import tables
-from matrix import ALL, EXPLORATORY, FEW_SEEDS, PRIMARY, REPAIRED, SEED_MATRIX
+from matrix import ALL, EXPLORATORY, FEW_SEEDS, MAP, PRIMARY, REPAIRED, SEED_MATRIX
 from stored import CONTROL, HEALTH, MEASURES, Results, key_of, keys_of, row_key
 from tables import CORE_ORDER, NOT_RUN
 
@@ -20,7 +21,10 @@ PARTS = tuple(row for row in EXPLORATORY if row not in (*CONTROLS, *PRIORS))
 
 
 def blocks(
-    docstrings: Results, glosses: Results | None, seen: Results | None = None
+    docstrings: Results,
+    glosses: Results | None,
+    seen: Results | None = None,
+    mapped: Mapping[str, Results] | None = None,
 ) -> dict[str, str]:
     """Every generated part of the page, by the name between its marks."""
     core = [*keys_of(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
@@ -64,6 +68,14 @@ def blocks(
         "compute": tables.costs(docstrings, keys_of(PRIMARY, CONTROL, *FEWER)),
         "hours": tables.hours(docstrings, glosses),
     }
+    mapped = mapped or {}
+    found |= {
+        "map-linearity": landscape.linearity(mapped),
+        "map-decoder": landscape.values(mapped, landscape.DECODER),
+        "map-encoder": landscape.values(mapped, landscape.ENCODER),
+        "map-worth-decoder": landscape.worth(mapped, landscape.DECODER),
+        "map-worth-encoder": landscape.worth(mapped, landscape.ENCODER),
+    }
     if seen is None:
         names = ("opponents", "opponents-differences", "few-validation", "decodings")
         found |= dict.fromkeys(names, NOT_RUN)
@@ -101,14 +113,15 @@ def main() -> None:
     options = parser.parse_args()
     import plots
 
-    folders = {name: options.results / name for name in ("docstrings", "glosses", "seen")}
+    folders = {n: options.results / n for n in ("docstrings", "glosses", "seen", *MAP)}
     if not folders["docstrings"].exists():  # a run of another corpus alone
         folders["docstrings"] = HERE / "results" / "docstrings"
         print("docstrings were not run: theirs are the stored results")
-    docstrings, glosses, seen = (
-        Results(folder) if folder.exists() else None for folder in folders.values()
-    )
-    template, parts = (DOCS / "evidence.md").read_text(), blocks(docstrings, glosses, seen)
+    found = {name: Results(folder) for name, folder in folders.items() if folder.exists()}
+    docstrings, glosses, seen = (found.get(n) for n in ("docstrings", "glosses", "seen"))
+    mapped = {name: found[name] for name in MAP if name in found}
+    template = (DOCS / "evidence.md").read_text()
+    parts = blocks(docstrings, glosses, seen, mapped)
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(fill(template, parts))
     if options.page == DOCS / "evidence.md":
@@ -118,6 +131,7 @@ def main() -> None:
     plots.curves(docstrings, images / "evidence-curves.svg")
     if seen is not None:
         plots.decodings(seen, images / "evidence-decoding.svg")
+    plots.landscape(mapped, images / "evidence-map.svg")
     plots.against_compute(docstrings, FEWER, images / "evidence-compute.svg")
     print(f"wrote {options.page} and its pictures")
 

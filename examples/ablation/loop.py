@@ -33,6 +33,7 @@ class Training:
         cap: FLOPs that every row may spend.
         looks: at the validation pairs within the cap.
         patience: looks without a better score after which training stops.
+        each: whether patience lasts while either half of the score gets better.
         ends: whether the cap ends training, or patience, or what comes first.
         select: the part of the score that counts.
         ema: decay of the averaged weights, which are the ones evaluated and kept.
@@ -44,6 +45,7 @@ class Training:
     cap: float
     looks: int
     patience: int = 6
+    each: bool = False
     ends: Literal["both", "cap", "stop"] = "both"
     select: Literal["both", "text", "latent"] = "both"
     ema: float = 0.99
@@ -117,6 +119,8 @@ def fit(
         weights = deepcopy(averaged.module.state_dict()) if better else {}
         for name in better:
             best[name], run.directions[name] = row[name], weights
+        if training.each and better:
+            stale = 0
         if training.select in better:
             stale, run.best_step, run.weights = 0, run.steps, weights
             if len(run.history) <= training.looks:

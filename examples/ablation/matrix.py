@@ -56,6 +56,7 @@ LATENT_CYCLE: Terms = {"cycle_latent": {}}
 HALF = half()
 BOTH = {**HALF, **LATENT_CYCLE}
 FULL = {"bridge": "full"}  # a gradient crosses
+BEST = {"name": "best", "samples": 4, "steps": 2, "temperature": 0.8}
 
 Unpaired = Literal["none", "real", "corrupted", "encoded"]
 Extra = Literal["pseudo_pairs", "noised_latents", "teacher_bridge"]
@@ -203,13 +204,21 @@ ROWS: dict[str, Row] = {
         channel=True,
         distilled=True,
     ),
+    # the encoder as critic of the texts that it is to read
+    "both_best": Row(
+        "+ both half cycles, best of 4 texts",
+        {**HALF, "cycle_latent": {"bridge": BEST}},
+        cost=3.0,
+    ),
 }  # fmt: skip
 
 CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before who learns of it
 EXPLORATORY = tuple(ROWS)[7:39]
 SEED_MATRIX = tuple(ROWS)[39:47]
-OPPONENTS = tuple(ROWS)[47:]
-REPAIRED = ("paired", "unimodal", "half", "pseudo", *OPPONENTS)
+OPPONENTS = tuple(ROWS)[47:52]
+CRITICS = ("both", "both_best")
+REPAIRED = ("paired", "unimodal", "half", "pseudo", *OPPONENTS, *CRITICS)
+MAPPED = ("paired", "unimodal", "pseudo_ridge", "half", "both", "channel")
 
 
 @dataclass(frozen=True)
@@ -367,3 +376,20 @@ def repair(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
             share = 100 * (row != "paired")
             told = tuned[tuned_as(row)]
             yield Cell(corpus, row, PRIMARY, share, seed, **told, cap=cap, validation=100)
+
+
+MAP: dict[str, tuple[int, ...]] = {  # the numbers of pairs, by corpus
+    "sentences": (100, 300, 1000, 3000),
+    "inner": (100, 300, 1000, 3000),
+    "pictures": (100, 300, 1000),  # of 3,017
+    "autoencoder": (100, 300, 1000),
+}
+
+
+def tier_of_map(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """Where cycles pay: by the number of pairs, in one decay, since the map is of many cells."""
+    for seed in REPAIR_SEEDS:
+        for pairs in MAP[corpus]:
+            for row in MAPPED:
+                share = 100 * (ROWS[row].unpaired != "none")
+                yield Cell(corpus, row, pairs, share, seed, **tuned["half"], cap=cap)

@@ -1,6 +1,7 @@
 """What a checkpoint is worth on held-out pairs; never a cycle's own loss."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,38 +16,40 @@ STEPS = 8  # passes of a decoding
 Encoder = Callable[[list[str]], Tensor]  # sentences to embeddings
 
 
+class Again(NamedTuple):
+    """What encoding decoded texts again takes.
+
+    Attributes:
+        data: whose vocabulary and normaliser lead from ids back to latents.
+        encode: the frozen sentence encoder.
+        sampled: latents from the prior, `[DECODED, d]`, the same for every cell.
+    """
+
+    data: Sentences
+    encode: Encoder
+    sampled: Tensor
+
+
 @torch.no_grad()
 def measure(
     denoiser: cv.Denoiser,
-    data: Sentences,
     held_out: Split,
     processes: tuple[cv.TextProcess, cv.LatentProcess],
-    sampled: Tensor,
-    encode: Encoder,
+    again: Again | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The measures of a checkpoint, and those of each test sentence that the bootstrap draws.
 
     Args:
         denoiser: the model, in evaluation mode.
-        data: whose vocabulary and normaliser lead from ids back to latents.
         held_out: the test pairs; all of them are the pool of the retrieval.
         processes: of text and latent.
-        sampled: latents from the prior, `[DECODED, d]`, the same for every cell.
-        encode: the frozen sentence encoder.
+        again: encodes what was decoded; without it, nothing is decoded.
     """
     text_process, latent_process = processes
     tokens, mask, z = held_out.tokens, held_out.attention_mask, held_out.latents
     metrics, each, z_hat = both_directions(denoiser, held_out, processes)
-    few = slice(DECODED)
-    lengths = mask[torch.arange(DECODED) % len(mask)]  # of the prior's samples
-    for name, latents, kept in (
-        ("true", z[few], mask[few]),
-        ("predicted", z_hat[few], mask[few]),
-        ("sampled", sampled, lengths),
-    ):
-        texts = decoded(denoiser, latents, kept, data, text_process)
-        again = data.normaliser.normalise(encode(texts))
-        metrics[f"reencoded_{name}"] = F.cosine_similarity(again.to(latents), latents).mean()
+    if again is not None:
+        metrics |= _reencoded(denoiser, held_out, z_hat, text_process, again)
     health = latent_health(z_hat, mean=z.mean(dim=0), variance=z.var(dim=0))
     probe = text_probe(denoiser, tokens, z, mask, text_process=text_process,
                        latent_process=latent_process)  # fmt: skip
@@ -66,6 +69,28 @@ def measure(
         rounded(metrics),
         {name: [round(v, digits[name]) for v in values.tolist()] for name, values in each.items()},
     )
+
+
+def _reencoded(
+    denoiser: cv.Denoiser,
+    held_out: Split,
+    z_hat: Tensor,
+    text_process: cv.TextProcess,
+    again: Again,
+) -> dict[str, Tensor]:
+    """The cosine of latents and those of the texts that are decoded of them."""
+    few, mask = slice(DECODED), held_out.attention_mask
+    lengths = mask[torch.arange(DECODED) % len(mask)]  # of the prior's samples
+    found = {}
+    for name, latents, kept in (
+        ("true", held_out.latents[few], mask[few]),
+        ("predicted", z_hat[few], mask[few]),
+        ("sampled", again.sampled, lengths),
+    ):
+        texts = decoded(denoiser, latents, kept, again.data, text_process)
+        encoded = again.data.normaliser.normalise(again.encode(texts))
+        found[f"reencoded_{name}"] = F.cosine_similarity(encoded.to(latents), latents).mean()
+    return found
 
 
 @torch.no_grad()

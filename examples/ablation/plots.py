@@ -1,11 +1,12 @@
 """The pictures of `docs/evidence.md`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matrix import ALL, BUDGETS, PRIMARY, ROWS
+from landscape import DECODER, ENCODER, TITLES, ridge, value
+from matrix import ALL, BUDGETS, MAP, MAPPED, PRIMARY, ROWS
 from stored import MEASURES, Compared, Key, Results, row_key
 from tables import CORE_ORDER
 
@@ -20,6 +21,8 @@ COLOURS = {
     "half": "#d62728",
     "both": "#2ca02c",
     "straight_through": "#ff7f0e",
+    "pseudo_ridge": "#9467bd",
+    "channel": "#17becf",
 }
 matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same file
 
@@ -136,6 +139,34 @@ def decodings(results: Results, path: Path) -> None:
     axis.set_title("cosine of the latent and that of its text, encoded again", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
+    _save(figure, path)
+
+
+def landscape(found: Mapping[str, Results], path: Path) -> None:
+    """What each row is worth against the number of pairs, for each kind of latent."""
+    if not found:
+        return
+    directions = (DECODER, ENCODER)
+    figure, axes = pyplot.subplots(
+        len(found), 2, figsize=(8, 2.6 * len(found)), layout="constrained", squeeze=False
+    )
+    for line, (corpus, results) in zip(axes, found.items(), strict=True):
+        for axis, direction in zip(line, directions, strict=True):
+            for row in MAPPED:
+                each = [(n, v) for n in MAP[corpus] if (v := value(results, row, n, direction))]
+                axis.plot(*zip(*each, strict=True), "o-", ms=4, color=COLOURS[row],
+                          label=ROWS[row].label)  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_xticks(MAP[corpus])
+            axis.set_xticklabels([f"{n:,}" for n in MAP[corpus]])
+            axis.minorticks_off()
+            axis.set_title(f"{TITLES[corpus]}: {direction.title} (low is good)", fontsize=10)
+            axis.grid(alpha=0.3)
+        errors = [(n, e) for n in MAP[corpus] if (e := ridge(results, n))]
+        line[1].plot(*zip(*errors, strict=True), "k:", label="ridge regression")
+    axes[0, 0].legend(fontsize=8)
+    axes[-1, 0].set_xlabel("pairs")
+    axes[-1, 1].set_xlabel("pairs")
     _save(figure, path)
 
 

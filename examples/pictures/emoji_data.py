@@ -10,13 +10,13 @@ of a 32 x 32 picture on its principal components, which `Pictures.undo` draws ag
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from data import PAD, UNK, DemoError, LatentNormaliser, Regime, Split, deal
+from data import PAD, UNK, DemoError, LatentNormaliser, Regime, Seen, Split, deal
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
@@ -69,13 +69,14 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The three splits, `sentences` of which are names, and what was fitted to the first."""
+    """The three splits, of names for sentences, and what was fitted to some rows of the first."""
 
     train: Split
     validation: Split
     test: Split
     vocabulary: Words
     normaliser: LatentNormaliser
+    fitted_on: Seen
 
     def undo(self, latents: Tensor) -> Tensor:
         """The pictures of some latents, `[b, 32, 32, 3]` in [0, 1]."""
@@ -90,27 +91,37 @@ def load_pictures(
     seed: int = 0,
     by: SplitBy = "name",
     held_out: int = 400,
+    seen: Callable[[Tensor], Seen] | None = None,
+    codes: Callable[[Tensor, Tensor], Tensor] | None = None,
     progress: bool = True,
 ) -> Pictures:
     """Names, tokens and latents, split so that no family, or no name, is on two sides.
 
     The first call draws all pictures (some seconds) and fills `cache_dir`; later calls read it.
+    `seen` tells, of the clusters of the training split, on which of its rows vocabulary and
+    normaliser are fitted: all, if not given. `codes` makes numbers `[n, e]` of all pictures and the
+    rows that may be learned from, in place of the pixels themselves.
     """
     names, pictures = _cached(Path(cache_dir), progress)
     groups = [family(name) for name in names] if by == "family" else names
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     clusters = torch.tensor([order[group] for group in groups])
     validation, test, train = deal(clusters, (held_out, held_out), seed)
-    flat = pictures.flatten(1).float() / 255
-    normaliser = _components(flat[train], dim)
-    vocabulary = Words.fit(names[i] for i in train)
+    everything = torch.arange(len(train))
+    fitted_on = Seen(everything, everything) if seen is None else seen(clusters[train])
+    drawn = train[fitted_on.latents]
+    scaled = pictures.float() / 255
+    numbers = scaled.flatten(1) if codes is None else codes(scaled, drawn)
+    normaliser = _components(numbers[drawn], dim)
+    vocabulary = Words.fit(names[i] for i in train[fitted_on.texts])
     tokens, mask = vocabulary.encode(names)
-    latents = normaliser.normalise(flat)
+    latents = normaliser.normalise(numbers)
 
     def split(i: Tensor) -> Split:
         return Split([names[k] for k in i], tokens[i], mask[i], latents[i], clusters[i])
 
-    return Pictures(split(train), split(validation), split(test), vocabulary, normaliser)
+    splits = split(train), split(validation), split(test)
+    return Pictures(*splits, vocabulary, normaliser, fitted_on)
 
 
 def regime(pictures: Pictures, pairs: int, seed: int = 0) -> Regime:

@@ -178,7 +178,7 @@ def deal(clusters: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
 
 
 @cache
-def _encoder() -> Any:
+def sentence_encoder() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: it is read once
     quiet = _require("transformers.utils.logging")
     quiet.disable_progress_bar()
@@ -193,7 +193,7 @@ def _encoder() -> Any:
 
 def encode(sentences: Sequence[str], *, progress: bool = False) -> Tensor:
     """Unit-length sentence embeddings, [n, 384], from the packaged encoder; no network, CPU."""
-    model, tqdm = _encoder(), _require("tqdm").tqdm
+    model, tqdm = sentence_encoder(), _require("tqdm").tqdm
     # Neighbours in length share a batch, so little is spent on padding.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     rows = []

@@ -13,15 +13,19 @@ import torch
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
+import landscape
 from baselines import PENALTIES, bags, fit_ridge, ridge_latents
 from batches import batches, corrupted, data_of
 from bootstrap import Resampled, holm, pair_equivalents
-from data import DemoError, Seen, Sentences, Split
+from corpora import CHOOSING, few_to_choose_by, shown
+from data import DemoError, Seen, Sentences, Split, regime_of
 from labels import by_network
 from matrix import (
     ALL,
     CORE,
     FRESH_SEEDS,
+    MAP,
+    MAPPED,
     PLAIN,
     PRIMARY,
     ROWS,
@@ -34,6 +38,7 @@ from matrix import (
     quick,
     repair,
     search,
+    tier_of_map,
     tuned_as,
 )
 from row_loss import CROSSING, RowLoss, objectives
@@ -208,11 +213,41 @@ def test_the_second_corpus_runs_the_primary_test_on_seeds_that_nothing_was_tuned
 
 
 def test_a_teacher_is_trained_before_who_learns_of_it():
-    for tier in (core, quick, glance):
-        cells = list(tier("docstrings", TUNED, 2e12))
+    for tier, corpus in ((core, ""), (quick, ""), (glance, ""), *((tier_of_map, c) for c in MAP)):
+        cells = list(tier(corpus, TUNED, 2e12))
         for i, each in enumerate(cells):
             if (teacher := each.of_teacher(TUNED)) is not None:
                 assert teacher in cells[:i]
+
+
+def test_the_map_has_every_row_at_every_number_of_pairs_in_one_decay():
+    for corpus, budgets in MAP.items():
+        cells = list(tier_of_map(corpus, TUNED, 1.0))
+        assert {(c.row, c.pairs) for c in cells} == {(r, n) for r in MAPPED for n in budgets}
+        assert len({(c.weight_decay, c.learning_rate) for c in cells}) == 1
+        assert len(cells) == 2 * len(MAPPED) * len(budgets)
+
+
+def test_the_map_reads_off_how_many_pairs_a_row_is_worth():
+    curve = [(100, 3.0), (1000, 2.0), (3000, 1.5)]
+    for own, pairs, times in ((2.0, 100, "10"), (2.5, 1000, "0.32"), (3.5, 1000, "< 0.1"),
+                              (1.0, 1000, "> 3"), (2.0, 1000, "1")):  # fmt: skip
+        assert landscape.times(curve, pairs, own) == times
+    assert landscape.times(curve, 100, None) == ""
+
+
+def test_few_pairs_choose_on_the_map(data):
+    few = few_to_choose_by(data)
+    assert len(few.validation) == CHOOSING < len(data.validation) and few.test is data.test
+    assert torch.equal(few.validation.latents, data.validation.latents[:CHOOSING])
+
+
+def test_a_deal_shows_its_pairs_and_the_parts_without_partner():
+    clusters = torch.arange(30)
+    seen, dealt = shown(clusters, 10, 0), regime_of(clusters, 10, 0)
+    assert set(seen.texts.tolist()) == {*dealt.paired.tolist(), *dealt.unpaired_text.tolist()}
+    assert set(seen.latents.tolist()) == {*dealt.paired.tolist(), *dealt.unpaired_latent.tolist()}
+    assert len(shown(clusters, ALL, 0).texts) == len(shown(clusters, 300, 0).texts) == 30
 
 
 def test_the_search_gives_every_row_the_same_points_and_a_seed_of_its_own():

@@ -4,24 +4,30 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
 import decoding
+import sampler
 from baselines import baselines
 from cell import checkpoint, describe, path_of, write
-from corpora import CORPORA
-from data import encode
+from corpora import CORPORA, first
+from data import Seen, encode
 from evidence import blocks, fill
-from matrix import ALL, Cell
+from inner_state import with_inner_state
+from matrix import ALL, MAP, Cell
+from measure import DECODED
 from stored import Results
 from tables import summary
 
 import ablation
+import cyclevae as cv
 
 ROOT = Path(__file__).parents[2]
 LIMIT, CAP = 2000, 2e9
@@ -35,6 +41,7 @@ def cells():
         yield Cell("docstrings", "paired", pairs, 0, 0, 3e-3, 0.1, CAP)
     yield Cell("docstrings", "paired_to_cap", 1000, 0, 0, 3e-3, 0.1, CAP)
     yield Cell("docstrings", "oracle", ALL, 0, 0, TOO_FAST, 0.1, CAP)
+    yield Cell("pictures", "half", 300, 100, 0, 3e-3, 0.1, CAP)  # of the map
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +55,12 @@ def options(tmp_path_factory, cache):
     describe(data, results / "corpus.json")
     found = baselines("docstrings", lambda *_: data, encode, seeds=(0,))
     write(results / "baselines.json", {"each": found})
+    # Where cells look for it: a prior that has learned little, in place of half a minute for each
+    few = partial(sampler.sample_prior, steps=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "sample_prior", few)
+        process = cv.LatentProcess("cosine", prediction="v", shape=(64,))
+        sampler.prior_samples(cache, data.train.latents[data.fitted_on.latents], DECODED, process)
     assert ablation.run_all(list(cells()), options) == 0
     return options
 
@@ -59,6 +72,9 @@ def test_every_cell_leaves_measures_and_its_configuration(options):
         assert result["objectives"][0]["text_process"]
         assert result["measures"]["l2t_ce_true"] > 0 and len(result["each"]["rank"]) > 100
         assert result["training"]["flops"] > 0
+        # there is an encoder at hand of sentences alone
+        assert ("reencoded_true" in result["measures"]) == (cell.corpus == "docstrings")
+        assert result["directions"].keys() == {"both", "text", "latent"}
 
 
 def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(options, capsys):
@@ -107,9 +123,26 @@ def test_every_way_to_decode_is_measured(options):
     assert found["of 2 samples, the encoder's choice"]["l2t"] == 15
 
 
+def test_states_of_the_encoder_replace_the_latents_and_nothing_else(cache, tmp_path):
+    data = CORPORA["docstrings"].load(cache, LIMIT, 1000, 0)
+    shown = Seen(torch.arange(200), torch.arange(100, 200))
+    splits = {name: first(getattr(data, name), 200) for name in ("train", "validation", "test")}
+    few = replace(data, **splits, fitted_on=shown)
+    found, again = (with_inner_state(few, tmp_path) for _ in range(2))
+    for name, split in splits.items():
+        other = getattr(found, name)
+        assert torch.equal(other.latents, getattr(again, name).latents)
+        assert torch.equal(other.tokens, split.tokens) and other.sentences == split.sentences
+        assert other.latents.shape == split.latents.shape
+    z = found.train.latents[shown.latents]
+    assert z.mean(dim=0).abs().max() < 1e-3 and (z.std(dim=0) - 1).abs().max() < 0.02
+
+
 def test_the_committed_pages_say_what_the_committed_results_do():
     stored = ROOT / "examples" / "ablation" / "results"
-    parts = blocks(*(Results(stored / name) for name in ("docstrings", "glosses", "seen")))
+    found = {folder.name: Results(folder) for folder in stored.iterdir()}
+    mapped = {name: found[name] for name in MAP if name in found}
+    parts = blocks(*(found[name] for name in ("docstrings", "glosses", "seen")), mapped)
     for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
         page = path.read_text()
         assert any(f"<!-- {name} -->" in page for name in parts)

@@ -463,6 +463,6 @@ def test_a_missing_package_names_the_extra(package, load, monkeypatch):
 
 def test_a_missing_encoder_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    data._encoder.cache_clear()
+    data.sentence_encoder.cache_clear()
     with pytest.raises(data.DemoError, match=r'pip install -e "\.\[demo\]"'):
         data.encode(["Open the file for reading."])

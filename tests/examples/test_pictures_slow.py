@@ -11,8 +11,9 @@ import torch
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "pictures"))
+import autoencoder
 import emoji_data
-from data import UNK, DemoError
+from data import UNK, DemoError, Seen
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 
@@ -58,6 +59,25 @@ def test_latents_are_standardised_and_lead_back_to_pictures(pictures):
     assert z.mean(dim=0).abs().max() < 1e-3 and (z.std(dim=0) - 1).abs().max() < 0.02
     drawn = pictures.undo(z)
     assert drawn.shape == (len(z), 32, 32, 3) and drawn.min() >= 0 and drawn.max() <= 1
+
+
+def test_an_autoencoder_gives_other_latents_of_what_a_deal_shows(folder, pictures, monkeypatch):
+    monkeypatch.setattr(autoencoder, "STEPS", 4)
+    shown = Seen(torch.arange(0, 1000), torch.arange(500, 1500))
+    seen_by = []
+
+    def codes(drawn, rows):
+        seen_by.append(rows)
+        return autoencoder.codes(drawn, rows, folder)
+
+    options = {"by": "family", "seen": lambda _: shown, "codes": codes, "progress": False}
+    coded, again = (emoji_data.load_pictures(folder, **options) for _ in range(2))
+    assert len(seen_by[0]) == 1000 and torch.equal(*seen_by)
+    assert torch.equal(coded.train.latents, again.train.latents)
+    z = coded.train.latents[shown.latents]
+    assert z.shape[1] == 64 and z.mean(dim=0).abs().max() < 1e-3
+    assert (z.std(dim=0) - 1).abs().max() < 0.02
+    assert len(coded.vocabulary) < len(pictures.vocabulary)  # words of what is shown alone
 
 
 def test_pictures_are_no_blanks_and_no_two_are_equal(folder, pictures):
