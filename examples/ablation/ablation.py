@@ -32,11 +32,14 @@ try:
     from data import DemoError
     from matrix import (
         ALL,
+        CONFIRMED,
+        CONFIRMING_SEEDS,
         MAP,
         PRIMARY,
         REPAIR_SEEDS,
         ROWS,
         Cell,
+        confirmation,
         core,
         exploratory,
         glance,
@@ -57,6 +60,7 @@ TIERS = {
     "exploratory": exploratory,
     "glance": glance,
     "map": tier_of_map,
+    "confirmation": confirmation,
     "quick": quick,
     "repair": repair,
 }
@@ -71,10 +75,7 @@ def main() -> int:
         data = load(PRIMARY, REPAIR_SEEDS[0])  # before the workers
         results = options.out / "results" / options.corpus
         describe(data, results / "corpus.json")
-        deals = {}
-        if options.tier in ("repair", "map"):
-            budgets = (*MAP[options.corpus], ALL) if options.tier == "map" else (PRIMARY,)
-            deals = {"seeds": REPAIR_SEEDS, "budgets": budgets}
+        deals = own_deals(options)
         if deals or options.tier in ("exploratory", "quick"):
             encode = CORPORA[options.corpus].encode
             found = baselines(options.corpus, load if deals else lambda *_: data, encode, **deals)
@@ -87,6 +88,16 @@ def main() -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+def own_deals(options: argparse.Namespace) -> dict[str, Sequence[int]]:
+    """The seeds and numbers of pairs of a tier in which each deal fits what it shows."""
+    corpus = options.corpus
+    if options.tier == "map":
+        return {"seeds": REPAIR_SEEDS, "budgets": (*MAP[corpus], ALL)}
+    if options.tier == "confirmation":
+        return {"seeds": CONFIRMING_SEEDS, "budgets": (CONFIRMED[corpus],)}
+    return {"seeds": REPAIR_SEEDS, "budgets": (PRIMARY,)} if options.tier == "repair" else {}
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:

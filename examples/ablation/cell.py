@@ -16,7 +16,15 @@ from data import MASK, PAD, UNK, Sentences, Split
 from labels import Labels, by_network, by_ridge
 from loop import Trained, Training, fit
 from matrix import ROWS, TUNING_SEED, Cell, Tuned
-from measure import DECODED, Again, both_directions, measure, rounded
+from measure import (
+    DECODED,
+    Again,
+    both_directions,
+    decodings,
+    measure,
+    rounded,
+    rounded_each,
+)
 from row_loss import RowLoss
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -69,6 +77,8 @@ def run(cell: Cell, out: Path, cache: Path, tuned: Tuned, limit: int | None) -> 
         result["directions"] = {
             name: _directions(cell, data, kept, device) for name, kept in trained.directions.items()
         }
+        if CORPORA[cell.corpus].confirms:
+            result |= _confirming(cell, data, trained.directions, device, cache)
     result["training"]["seconds_with_measuring"] = round(time.perf_counter() - began, 1)
     write(path_of(cell, out), result)
 
@@ -171,14 +181,37 @@ def _flops_of(weights: Path) -> float:
 def _measured(
     cell: Cell, data: Sentences, weights: dict[str, torch.Tensor], device: torch.device, cache: Path
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    processes, encode = _processes(data), CORPORA[cell.corpus].encode
     denoiser, held_out = _denoiser(cell, data, weights, device), _to(data.test, device)
-    if encode is None:
-        return measure(denoiser, held_out, processes)
+    return measure(denoiser, held_out, _processes(data), _again(cell, data, device, cache))
+
+
+def _again(cell: Cell, data: Sentences, device: torch.device, cache: Path) -> Again | None:
+    """What encodes decoded texts again, where there is an encoder of them."""
+    if (encode := CORPORA[cell.corpus].encode) is None:
+        return None
     seen = data.train.latents[data.fitted_on.latents]
-    sampled = prior_samples(cache, seen, DECODED, processes[1])
-    again = Again(data, encode, sampled.to(device))
-    return measure(denoiser, held_out, processes, again)
+    sampled = prior_samples(cache, seen, DECODED, _processes(data)[1])
+    return Again(data, encode, sampled.to(device))
+
+
+def _confirming(
+    cell: Cell,
+    data: Sentences,
+    directions: dict[str, dict[str, torch.Tensor]],
+    device: torch.device,
+    cache: Path,
+) -> dict[str, Any]:
+    """Of the checkpoint of each direction, what the bootstrap draws; of the recipe's, decodings."""
+    processes, held_out = _processes(data), _to(data.test, device)
+    found: dict[str, Any] = {"directions_each": {}}
+    for name in ("text", "latent"):
+        denoiser = _denoiser(cell, data, directions[name], device)
+        each = both_directions(denoiser, held_out, processes)[1]
+        found["directions_each"][name] = rounded_each(each)
+        if name == "text" and cell.row == "half":
+            again = _again(cell, data, device, cache)
+            found["decodings"] = decodings(denoiser, held_out, processes, again)
+    return found
 
 
 def _directions(

@@ -35,6 +35,7 @@ class Corpus:
         encode: sentences to embeddings, to encode again what was decoded; without it, nothing is.
         each: whether a run goes on while either direction gets better, as on the map, where each
             has a checkpoint of its own.
+        confirms: whether what a bootstrap draws is kept of these checkpoints, and of decoding.
     """
 
     load: Callable[[Path, int | None, int, int], Sentences]
@@ -43,9 +44,11 @@ class Corpus:
     learning_rate: float | None = None
     encode: Encoder | None = encode
     each: bool = False
+    confirms: bool = False
 
 
 CHOOSING = 100  # validation pairs of a corpus of the map
+FRESH = 7  # seed of a split into train, validation and test that nothing was looked at on
 
 
 def _docstrings(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
@@ -61,9 +64,9 @@ def shown(clusters: Tensor, pairs: int, seed: int) -> Seen:
     )
 
 
-def _seen(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+def _seen(cache: Path, limit: int | None, pairs: int, seed: int, *, split: int = 0) -> Sentences:
     seen = partial(shown, pairs=pairs, seed=seed)
-    return load_sentences(cache, dim=64, min_count=3, limit=limit, seen=seen)
+    return load_sentences(cache, dim=64, min_count=3, limit=limit, seen=seen, seed=split)
 
 
 def few_to_choose_by(data: Sentences) -> Sentences:
@@ -76,8 +79,10 @@ def first(split: Split, rows: int) -> Split:
     return Split(split.sentences[:rows], *(part[:rows] for part in parts))
 
 
-def _sentences(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
-    return few_to_choose_by(_seen(cache, limit, pairs, seed))
+def _sentences(
+    cache: Path, limit: int | None, pairs: int, seed: int, *, split: int = 0
+) -> Sentences:
+    return few_to_choose_by(_seen(cache, limit, pairs, seed, split=split))
 
 
 def _inner(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
@@ -85,7 +90,7 @@ def _inner(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
 
 
 def _pictures(
-    cache: Path, limit: int | None, pairs: int, seed: int, *, coded: bool = False
+    cache: Path, limit: int | None, pairs: int, seed: int, *, coded: bool = False, split: int = 0
 ) -> Sentences:
     from autoencoder import codes  # of the package's pictures, which other corpora do without
     from emoji_data import load_pictures
@@ -94,6 +99,7 @@ def _pictures(
     data = load_pictures(
         folder,
         dim=64,
+        seed=split,
         seen=partial(shown, pairs=pairs, seed=seed),
         codes=partial(codes, folder=folder) if coded else None,
         progress=False,
@@ -103,6 +109,19 @@ def _pictures(
 
 def _glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
     return load_sentences(cache, dim=32, min_count=3, limit=limit or GLOSSES, source=glosses)
+
+
+def _fresh_glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    data = load_sentences(
+        cache,
+        dim=32,
+        min_count=3,
+        limit=limit or GLOSSES,
+        source=glosses,
+        seen=partial(shown, pairs=pairs, seed=seed),
+        seed=FRESH,
+    )
+    return few_to_choose_by(data)
 
 
 def glosses(*, max_words: int = 16, limit: int | None = None, progress: bool = False) -> list[str]:
@@ -167,5 +186,15 @@ CORPORA = {
     "pictures": Corpus(_pictures, _joint, cap=0.3e12, encode=None, each=True),
     "autoencoder": Corpus(
         partial(_pictures, coded=True), _joint, cap=0.3e12, encode=None, each=True
+    ),
+} | {
+    "fresh_sentences": Corpus(
+        partial(_sentences, split=FRESH), _joint, cap=1.5e12, each=True, confirms=True
+    ),
+    "fresh_pictures": Corpus(
+        partial(_pictures, split=FRESH), _joint, cap=0.3e12, encode=None, each=True, confirms=True
+    ),
+    "fresh_glosses": Corpus(
+        _fresh_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3, each=True, confirms=True
     ),
 }

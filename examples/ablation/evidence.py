@@ -5,9 +5,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import confirm
 import landscape
 import tables
-from matrix import ALL, EXPLORATORY, FEW_SEEDS, MAP, PRIMARY, REPAIRED, SEED_MATRIX
+from matrix import ALL, CONFIRMED, EXPLORATORY, FEW_SEEDS, MAP, PRIMARY, REPAIRED, SEED_MATRIX
 from stored import CONTROL, HEALTH, MEASURES, Results, key_of, keys_of, row_key
 from tables import CORE_ORDER, NOT_RUN
 
@@ -25,6 +26,7 @@ def blocks(
     glosses: Results | None,
     seen: Results | None = None,
     mapped: Mapping[str, Results] | None = None,
+    confirmed: Mapping[str, Results] | None = None,
 ) -> dict[str, str]:
     """Every generated part of the page, by the name between its marks."""
     core = [*keys_of(PRIMARY, *CORE_ORDER), row_key("paired", ALL, 0), row_key("oracle", ALL, 0)]
@@ -68,11 +70,14 @@ def blocks(
         "compute": tables.costs(docstrings, keys_of(PRIMARY, CONTROL, *FEWER)),
         "hours": tables.hours(docstrings, glosses),
     }
-    mapped = mapped or {}
+    mapped, confirmed = mapped or {}, confirmed or {}
     found |= {
+        "confirmed": confirm.primary(confirmed),
+        "confirmed-worth": confirm.worth(confirmed),
         "map-linearity": landscape.linearity(mapped),
         "map-decoder": landscape.values(mapped, landscape.DECODER),
         "map-encoder": landscape.values(mapped, landscape.ENCODER),
+        "map-differences": landscape.differences(mapped, "half", "pseudo_ridge"),
         "map-worth-decoder": landscape.worth(mapped, landscape.DECODER),
         "map-worth-encoder": landscape.worth(mapped, landscape.ENCODER),
     }
@@ -113,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     import plots
 
-    folders = {n: options.results / n for n in ("docstrings", "glosses", "seen", *MAP)}
+    folders = {n: options.results / n for n in ("docstrings", "glosses", "seen", *MAP, *CONFIRMED)}
     if not folders["docstrings"].exists():  # a run of another corpus alone
         folders["docstrings"] = HERE / "results" / "docstrings"
         print("docstrings were not run: theirs are the stored results")
@@ -121,7 +126,8 @@ def main() -> None:
     docstrings, glosses, seen = (found.get(n) for n in ("docstrings", "glosses", "seen"))
     mapped = {name: found[name] for name in MAP if name in found}
     template = (DOCS / "evidence.md").read_text()
-    parts = blocks(docstrings, glosses, seen, mapped)
+    confirmed = {name: found[name] for name in CONFIRMED if name in found}
+    parts = blocks(docstrings, glosses, seen, mapped, confirmed)
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(fill(template, parts))
     if options.page == DOCS / "evidence.md":

@@ -77,6 +77,39 @@ def values(found: Found, direction: Direction) -> str:
     return table(["latents", "pairs", *titles], lines)
 
 
+def differences(found: Found, row: str, opponent: str) -> str:
+    """A row minus another, each seed by itself: what two seeds can say."""
+    measures = (
+        ("L2T CE", DECODER),
+        ("CE, predicted z", DECODER._replace(measure="l2t_ce_predicted")),
+        ("T2L MSE", ENCODER),
+    )
+    lines = []
+    for corpus, results in found.items():
+        for pairs in MAP[corpus]:
+            seeds = results.seeds(key_of(row, pairs), key_of(opponent, pairs))
+            if seeds:
+                each = (
+                    ", ".join(
+                        f"{one - other:+.3f}"
+                        for one, other in zip(
+                            *(_each(results, r, pairs, direction, seeds) for r in (row, opponent)),
+                            strict=True,
+                        )
+                    )
+                    for _, direction in measures
+                )
+                lines.append([TITLES[corpus], f"{pairs:,}", *each])
+    return table(["latents", "pairs", *(f"{title}, each seed ↓" for title, _ in measures)], lines)
+
+
+def _each(
+    results: Results, row: str, pairs: int, direction: Direction, seeds: Sequence[int]
+) -> list[float]:
+    found = results.of(key_of(row, pairs), seeds)
+    return [r["directions"][direction.chosen_by][direction.measure] for r in found]
+
+
 def worth(found: Found, direction: Direction) -> str:
     """How many times its pairs a row is worth, read off the curve of pairs only."""
     rows = MAPPED[1:]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 ALL = 0  # every training sentence a pair: what `pairs` says in a cell of the oracle's kind
 SEEDS, FEW_SEEDS, FRESH_SEEDS, TUNING_SEED = range(5), range(2), range(10, 13), 100
-REPAIR_SEEDS = range(20, 22)
+REPAIR_SEEDS, CONFIRMING_SEEDS = range(20, 22), range(30, 35)
 WAIT = {"warmup_steps": 300, "ramp_steps": 200}  # the cycles wait until the pairs have taught
 
 # What a term is told where a row says no more, whatever the library's defaults are. Terms run, and
@@ -393,3 +393,18 @@ def tier_of_map(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
             for row in MAPPED:
                 share = 100 * (ROWS[row].unpaired != "none")
                 yield Cell(corpus, row, pairs, share, seed, **tuned["half"], cap=cap)
+
+
+CONFIRMED = {"fresh_sentences": 1000, "fresh_pictures": 300, "fresh_glosses": 1000}  # pairs
+MORE = 3  # times as many pairs: what unpaired rows were meant to be worth
+
+
+def confirmation(corpus: str, tuned: Tuned, cap: float) -> Iterator[Cell]:
+    """The second preregistered comparison: fresh splits, deals and seeds."""
+    pairs = CONFIRMED[corpus]
+    for seed in CONFIRMING_SEEDS:
+        for row in ("half", "pseudo_ridge", "unimodal"):
+            told = tuned["half"] | {"learning_rate": tuned[tuned_as(row)]["learning_rate"]}
+            yield Cell(corpus, row, pairs, 100, seed, **told, cap=cap)
+        for many in (pairs, MORE * pairs):
+            yield from both_decays(corpus, "paired", many, seed, tuned, cap)

@@ -16,6 +16,9 @@ STEPS = 8  # passes of a decoding
 Encoder = Callable[[list[str]], Tensor]  # sentences to embeddings
 
 
+SAMPLES, TEMPERATURE = 32, 0.8  # of decoding with the encoder as critic
+
+
 class Again(NamedTuple):
     """What encoding decoded texts again takes.
 
@@ -64,11 +67,12 @@ def measure(
         "text_probe_information": probe.information,
         "latent_probe_gap": wrong - metrics["t2l_mse"],
     }
+    return rounded(metrics), rounded_each(each)
+
+
+def rounded_each(each: dict[str, Tensor]) -> dict[str, list[float]]:
     digits = {"rank": 0, "t2l_mse": 3, "ce_true": 2, "ce_predicted": 2}
-    return (
-        rounded(metrics),
-        {name: [round(v, digits[name]) for v in values.tolist()] for name, values in each.items()},
-    )
+    return {name: [round(v, digits[name]) for v in x.tolist()] for name, x in each.items()}
 
 
 def _reencoded(
@@ -90,6 +94,42 @@ def _reencoded(
         texts = decoded(denoiser, latents, kept, again.data, text_process)
         encoded = again.data.normaliser.normalise(again.encode(texts))
         found[f"reencoded_{name}"] = F.cosine_similarity(encoded.to(latents), latents).mean()
+    return found
+
+
+@torch.no_grad()
+def decodings(
+    denoiser: cv.Denoiser,
+    held_out: Split,
+    processes: tuple[cv.TextProcess, cv.LatentProcess],
+    again: Again | None = None,
+) -> dict[str, list[float]]:
+    """Of each of the first test rows, what greedy decoding and the encoder's choice are worth.
+
+    The cosine of the latent and that of the text, encoded again; without an encoder at hand, the
+    share of words that stand at their place.
+    """
+    few = slice(DECODED)
+    tokens, mask, z = held_out.tokens[few], held_out.attention_mask[few], held_out.latents[few]
+    text_process, latent_process = processes
+    greedy = cv.decode(denoiser, z, mask, text_process=text_process, steps=STEPS)
+    best = cv.best_text(
+        denoiser, z, mask, samples=SAMPLES, temperature=TEMPERATURE, steps=STEPS, at_once=4,
+        text_process=text_process, latent_process=latent_process,
+        generator=torch.Generator(z.device).manual_seed(0),
+    ).tokens  # fmt: skip
+    found = {}
+    for name, written in (("greedy", greedy), ("critic", best)):
+        if again is None:
+            right = ((written == tokens) & mask).sum(dim=1) / mask.sum(dim=1)
+        else:
+            texts = [
+                again.data.vocabulary.decode(row[kept])
+                for row, kept in zip(written, mask, strict=True)
+            ]
+            encoded = again.data.normaliser.normalise(again.encode(texts))
+            right = F.cosine_similarity(encoded.to(z), z)
+        found[name] = [round(value, 4) for value in right.tolist()]
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
+import confirm
 import landscape
 from baselines import PENALTIES, bags, fit_ridge, ridge_latents
 from batches import batches, corrupted, data_of
@@ -22,16 +23,22 @@ from data import DemoError, Seen, Sentences, Split, regime_of
 from labels import by_network
 from matrix import (
     ALL,
+    CONFIRMED,
+    CONFIRMING_SEEDS,
     CORE,
+    DECAYS,
     FRESH_SEEDS,
     MAP,
     MAPPED,
+    MORE,
     PLAIN,
     PRIMARY,
+    REPAIR_SEEDS,
     ROWS,
     SEEDS,
     TUNING_SEED,
     Cell,
+    confirmation,
     core,
     exploratory,
     glance,
@@ -234,6 +241,57 @@ def test_the_map_reads_off_how_many_pairs_a_row_is_worth():
                               (1.0, 1000, "> 3"), (2.0, 1000, "1")):  # fmt: skip
         assert landscape.times(curve, pairs, own) == times
     assert landscape.times(curve, 100, None) == ""
+
+
+def test_the_second_test_is_of_fresh_seeds_and_of_every_row_it_compares():
+    for corpus, pairs in CONFIRMED.items():
+        found = list(confirmation(corpus, TUNED, 1.0))
+        assert {c.seed for c in found} == set(CONFIRMING_SEEDS)
+        used = {*SEEDS, *FRESH_SEEDS, *REPAIR_SEEDS, TUNING_SEED}
+        assert used.isdisjoint(CONFIRMING_SEEDS)
+        rows = {(c.row, c.pairs, c.weight_decay) for c in found}
+        assert rows == {(r, pairs, 0.1) for r in ("half", "pseudo_ridge", "unimodal")} | {
+            ("paired", n, decay) for n in (pairs, MORE * pairs) for decay in DECAYS
+        }
+        assert len({c.learning_rate for c in found if c.row != "paired"}) == 1
+
+
+def confirmed(folder, gain):
+    """Stored cells of a corpus, whose recipe is better by `gain` in all that is asked."""
+    folder.mkdir(parents=True)
+    about = {"train": 3000, "test_words": [2, 4]}
+    (folder / "corpus.json").write_text(json.dumps(about))
+    random = np.random.default_rng(0)
+    for each in confirmation("fresh_pictures", TUNED, 1.0):
+        ours = gain if each.row == "half" else 0.0
+        # pairs only are better at the larger decay, which validation pairs choose
+        ours += 0.5 * (each.row == "paired" and each.weight_decay == 0.5)
+        sums = [round(w * (3 - ours) + 0.1 * random.normal(), 2) for w in (2, 4)]
+        measures = {"ce_true": sums, "ce_predicted": sums, "t2l_mse": [0.6 - ours, 0.7 - ours]}
+        score = {"l2t_ce": [3 - ours], "t2l_mse": [0.7 - ours], "both": [10 - ours]}
+        result = {
+            "cell": vars(each),
+            "validation": score,
+            "directions_each": {"text": measures, "latent": measures},
+        }
+        if each.row == "half":
+            greedy = [0.3, 0.4]
+            result["decodings"] = {"greedy": greedy, "critic": [x + gain for x in greedy]}
+        (folder / f"{each.name}.json").write_text(json.dumps(result))
+    return {"fresh_pictures": Results(folder)}
+
+
+def test_the_second_test_says_what_is_there(tmp_path):
+    found = confirmed(tmp_path / "better", 0.7)
+    told = confirm.primary(found)
+    assert told.count("cycles help") == 4
+    decoder, _, encoder, critic = [q.difference.mean() for q in confirm.questions(
+        found["fresh_pictures"], 300)]  # fmt: skip
+    assert decoder == pytest.approx(-3 * 0.7, abs=0.2)  # of 3 words a row
+    assert encoder == pytest.approx(-(0.7 - 0.5))  # against the better decay
+    assert critic == pytest.approx(0.7)
+    assert "-0.200" in confirm.worth(found)
+    assert confirm.primary(confirmed(tmp_path / "worse", -0.7)).count("cycles hurt") == 4
 
 
 def test_few_pairs_choose_on_the_map(data):

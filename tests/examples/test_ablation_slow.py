@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from corpora import CORPORA, first
 from data import Seen, encode
 from evidence import blocks, fill
 from inner_state import with_inner_state
-from matrix import ALL, MAP, Cell
+from matrix import ALL, CONFIRMED, MAP, Cell
 from measure import DECODED
 from stored import Results
 from tables import summary
@@ -41,7 +42,7 @@ def cells():
         yield Cell("docstrings", "paired", pairs, 0, 0, 3e-3, 0.1, CAP)
     yield Cell("docstrings", "paired_to_cap", 1000, 0, 0, 3e-3, 0.1, CAP)
     yield Cell("docstrings", "oracle", ALL, 0, 0, TOO_FAST, 0.1, CAP)
-    yield Cell("pictures", "half", 300, 100, 0, 3e-3, 0.1, CAP)  # of the map
+    yield Cell("fresh_pictures", "half", 300, 100, 0, 3e-3, 0.1, CAP)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,13 @@ def test_every_cell_leaves_measures_and_its_configuration(options):
         # there is an encoder at hand of sentences alone
         assert ("reencoded_true" in result["measures"]) == (cell.corpus == "docstrings")
         assert result["directions"].keys() == {"both", "text", "latent"}
+        if cell.corpus == "fresh_pictures":
+            for name, measures in result["directions_each"].items():
+                mean = result["directions"][name]["t2l_mse"]
+                assert np.mean(measures["t2l_mse"]) == pytest.approx(mean, abs=1e-3)
+            decoded = result["decodings"]
+            assert decoded.keys() == {"greedy", "critic"} and len(decoded["critic"]) == DECODED
+            assert all(0 <= share <= 1 for share in decoded["greedy"])
 
 
 def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(options, capsys):
@@ -142,7 +150,9 @@ def test_the_committed_pages_say_what_the_committed_results_do():
     stored = ROOT / "examples" / "ablation" / "results"
     found = {folder.name: Results(folder) for folder in stored.iterdir()}
     mapped = {name: found[name] for name in MAP if name in found}
-    parts = blocks(*(found[name] for name in ("docstrings", "glosses", "seen")), mapped)
+    confirmed = {name: found[name] for name in CONFIRMED if name in found}
+    first_three = (found[name] for name in ("docstrings", "glosses", "seen"))
+    parts = blocks(*first_three, mapped, confirmed)
     for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
         page = path.read_text()
         assert any(f"<!-- {name} -->" in page for name in parts)
