@@ -46,7 +46,8 @@ def check_denoiser(
     Parameters whose numbers are all equal, such as a head that begins at 0, are moved meanwhile, so
     that nothing is silent because it has not learned yet. Dropout is off; other draws follow the
     global random state, which is the same for runs that are compared. Afterwards all is as it was,
-    and no gradient is accumulated. What is exact zero in the trained network is not looked for.
+    and no gradient is accumulated. What is exact zero in the trained network is not looked for, nor
+    whether the order of the words matters: a network without positions passes.
 
     Args:
         denoiser: the denoiser, in the wrappers it will be trained in.
