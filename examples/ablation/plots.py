@@ -164,7 +164,8 @@ def landscape(found: Mapping[str, Results], path: Path) -> None:
             axis.grid(alpha=0.3)
         errors = [(n, e) for n in MAP[corpus] if (e := ridge(results, n))]
         line[1].plot(*zip(*errors, strict=True), "k:", label="ridge regression")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8)  # fmt: skip
     axes[-1, 0].set_xlabel("pairs")
     axes[-1, 1].set_xlabel("pairs")
     _save(figure, path)
