@@ -216,9 +216,8 @@ CORE = ("unimodal", "half", "straight_through", "pseudo")  # a teacher before wh
 EXPLORATORY = tuple(ROWS)[7:39]
 SEED_MATRIX = tuple(ROWS)[39:47]
 OPPONENTS = tuple(ROWS)[47:52]
-CRITICS = ("both", "both_best")
-REPAIRED = ("paired", "unimodal", "half", "pseudo", *OPPONENTS, *CRITICS)
-MAPPED = ("paired", "unimodal", "pseudo_ridge", "half", "both", "channel")
+REPAIRED = ("paired", "unimodal", "half", "pseudo", *OPPONENTS)
+MAPPED = ("paired", "unimodal", "pseudo_ridge", "half", "both", "both_best", "channel")
 
 
 @dataclass(frozen=True)

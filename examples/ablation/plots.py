@@ -23,6 +23,7 @@ COLOURS = {
     "straight_through": "#ff7f0e",
     "pseudo_ridge": "#9467bd",
     "channel": "#17becf",
+    "both_best": "#8c564b",
 }
 matplotlib.rcParams["svg.hashsalt"] = "cyclevae"  # the same picture, the same file
 

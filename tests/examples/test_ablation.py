@@ -325,6 +325,7 @@ def test_every_row_makes_an_objective_and_is_in_a_tier():
         assert len(made) == max(1, len(row.modes))
         assert tuned_as(name) in TUNED
     tiers = [c for tier in (core, exploratory, repair) for c in tier("docstrings", TUNED, 1.0)]
+    tiers += tier_of_map("pictures", TUNED, 1.0)
     assert {c.row for c in tiers} == set(ROWS)
 
 
