@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import DemoError, Seen, Sentences, Split, encode, fold, load_sentences, regime_of
@@ -22,13 +23,16 @@ WORDNET = (Path("/usr/share/wordnet"), Path("/usr/local/share/wordnet"))
 _GLOSS = re.compile(r"[a-z][a-z0-9 ,'-]*[a-z]")
 
 
+# From a cache folder and, for a quick run, a limit; for some pairs and a seed that deals them
+Load = Callable[[Path, int | None, int, int], Sentences]
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Sentences with their latents, the network for them, and what a cell may spend on them.
 
     Attributes:
-        load: the sentences, from a cache folder and, for a quick run, a limit; for some pairs and
-            a seed that deals them.
+        load: the sentences.
         network: a new one, with weights from torch's random state.
         cap: FLOPs, the same for every row of the matrix.
         learning_rate: of every row; without it what the search found for each.
@@ -38,7 +42,7 @@ class Corpus:
         confirms: whether what a bootstrap draws is kept of these checkpoints, and of decoding.
     """
 
-    load: Callable[[Path, int | None, int, int], Sentences]
+    load: Load
     network: Callable[[Sentences], nn.Module]
     cap: float
     learning_rate: float | None = None
@@ -75,14 +79,27 @@ def few_to_choose_by(data: Sentences) -> Sentences:
 
 def first(split: Split, rows: int) -> Split:
     """The first rows of a split."""
+    return _rows(split, torch.arange(min(rows, len(split))))
+
+
+def _rows(split: Split, rows: Tensor) -> Split:
     parts = (split.tokens, split.attention_mask, split.latents, split.clusters)
-    return Split(split.sentences[:rows], *(part[:rows] for part in parts))
+    return Split([split.sentences[i] for i in rows], *(part[rows] for part in parts))
 
 
-def _sentences(
-    cache: Path, limit: int | None, pairs: int, seed: int, *, split: int = 0
-) -> Sentences:
-    return few_to_choose_by(_seen(cache, limit, pairs, seed, split=split))
+def fresh(load: Load, cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    """Held-out rows in random order, so that the first of them are like the others."""
+    data = load(cache, limit, pairs, seed)
+    generator = torch.Generator().manual_seed(FRESH)
+    held_out = (data.validation, data.test)
+    validation, test = (
+        _rows(split, torch.randperm(len(split), generator=generator)) for split in held_out
+    )
+    return few_to_choose_by(replace(data, validation=validation, test=test))
+
+
+def _sentences(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    return few_to_choose_by(_seen(cache, limit, pairs, seed))
 
 
 def _inner(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
@@ -96,7 +113,7 @@ def _pictures(
     from emoji_data import load_pictures
 
     folder = cache.parent / "pictures"
-    data = load_pictures(
+    return load_pictures(
         folder,
         dim=64,
         seed=split,
@@ -104,24 +121,22 @@ def _pictures(
         codes=partial(codes, folder=folder) if coded else None,
         progress=False,
     )
-    return few_to_choose_by(data)
 
 
-def _glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
-    return load_sentences(cache, dim=32, min_count=3, limit=limit or GLOSSES, source=glosses)
+def _map_of_pictures(*of: Any, coded: bool) -> Sentences:
+    return few_to_choose_by(_pictures(*of, coded=coded))
 
 
-def _fresh_glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
-    data = load_sentences(
-        cache,
-        dim=32,
-        min_count=3,
-        limit=limit or GLOSSES,
-        source=glosses,
-        seen=partial(shown, pairs=pairs, seed=seed),
-        seed=FRESH,
-    )
-    return few_to_choose_by(data)
+def _glosses(
+    cache: Path, limit: int | None, pairs: int, seed: int, *, split: int = 0, seen: Any = None
+) -> Sentences:
+    options = {"dim": 32, "min_count": 3, "limit": limit or GLOSSES, "source": glosses}
+    return load_sentences(cache, **options, seed=split, seen=seen)
+
+
+def _seen_glosses(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    seen = partial(shown, pairs=pairs, seed=seed)
+    return _glosses(cache, limit, pairs, seed, split=FRESH, seen=seen)
 
 
 def glosses(*, max_words: int = 16, limit: int | None = None, progress: bool = False) -> list[str]:
@@ -183,18 +198,33 @@ CORPORA = {
     "glosses": Corpus(_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3),
     "sentences": Corpus(_sentences, _joint, cap=1.5e12, encode=None, each=True),
     "inner": Corpus(_inner, _joint, cap=1.5e12, encode=None, each=True),
-    "pictures": Corpus(_pictures, _joint, cap=0.3e12, encode=None, each=True),
-    "autoencoder": Corpus(
-        partial(_pictures, coded=True), _joint, cap=0.3e12, encode=None, each=True
+    "pictures": Corpus(
+        partial(_map_of_pictures, coded=False), _joint, cap=0.3e12, encode=None, each=True
     ),
-} | {
+    "autoencoder": Corpus(
+        partial(_map_of_pictures, coded=True), _joint, cap=0.3e12, encode=None, each=True
+    ),
     "fresh_sentences": Corpus(
-        partial(_sentences, split=FRESH), _joint, cap=1.5e12, each=True, confirms=True
+        partial(fresh, partial(_seen, split=FRESH)),
+        _joint,
+        cap=1.5e12,
+        each=True,
+        confirms=True,
     ),
     "fresh_pictures": Corpus(
-        partial(_pictures, split=FRESH), _joint, cap=0.3e12, encode=None, each=True, confirms=True
+        partial(fresh, partial(_pictures, split=FRESH)),
+        _joint,
+        cap=0.3e12,
+        encode=None,
+        each=True,
+        confirms=True,
     ),
     "fresh_glosses": Corpus(
-        _fresh_glosses, _mmdit, cap=0.75e12, learning_rate=3e-3, each=True, confirms=True
+        partial(fresh, _seen_glosses),
+        _mmdit,
+        cap=0.75e12,
+        learning_rate=3e-3,
+        each=True,
+        confirms=True,
     ),
 }

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
 import confirm
+import corpora
 import landscape
 from baselines import PENALTIES, bags, fit_ridge, ridge_latents
 from batches import batches, corrupted, data_of
@@ -298,6 +299,17 @@ def test_few_pairs_choose_on_the_map(data):
     few = few_to_choose_by(data)
     assert len(few.validation) == CHOOSING < len(data.validation) and few.test is data.test
     assert torch.equal(few.validation.latents, data.validation.latents[:CHOOSING])
+
+
+def test_fresh_rows_are_held_out_in_an_order_that_says_nothing(data):
+    found = [corpora.fresh(lambda *_: data, None, None, 100, seed) for seed in (0, 1)]
+    for split in (found[0].validation, found[0].test):
+        rows = torch.tensor([int(name.split()[1]) for name in split.sentences])
+        assert len(rows.unique()) == len(split) and not torch.equal(rows, rows.sort().values)
+        assert torch.equal(split.tokens, data.test.tokens[rows])
+        assert torch.equal(split.clusters, rows)
+    assert len(found[0].validation) == CHOOSING and len(found[0].test) == len(data.test)
+    assert found[0].test.sentences == found[1].test.sentences  # one test for all seeds
 
 
 def test_a_deal_shows_its_pairs_and_the_parts_without_partner():
