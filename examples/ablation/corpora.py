@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from data import DemoError, Seen, Sentences, Split, encode, fold, load_sentences, regime_of
-from inner_state import with_inner_state
 from measure import Encoder
 from model import JointTransformer
 from torch import Tensor, nn
@@ -103,13 +102,15 @@ def _sentences(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentenc
 
 
 def _inner(cache: Path, limit: int | None, pairs: int, seed: int) -> Sentences:
+    from inner_state import with_inner_state  # with packages that the others do without
+
     return with_inner_state(_sentences(cache, limit, pairs, seed), cache)
 
 
 def _pictures(
     cache: Path, limit: int | None, pairs: int, seed: int, *, coded: bool = False, split: int = 0
 ) -> Sentences:
-    from autoencoder import codes  # of the package's pictures, which other corpora do without
+    from autoencoder import codes
     from emoji_data import load_pictures
 
     folder = cache.parent / "pictures"
