@@ -12,6 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "bench"))
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "sentences"))
+from calls import bridges, small
 from full import TERMS, WEIGHTS
 from mmdit_model import MMDiTDenoiser
 from plain import plain_step
@@ -141,6 +142,25 @@ def test_what_is_written(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("benchmark", [bridges, small])
+def test_both_sides_and_their_limits_run(benchmark, monkeypatch):
+    """As no quick run does, which has no targets."""
+    limits = []
+
+    def timed(self, name, case, against, ours, theirs, *, limit=None, **_):
+        for call in (ours, theirs, *([] if limit is None else [limit()])):
+            call()
+        limits.append(limit)
+
+    def told(self, *_, limit=None, **options):
+        assert limit is None or limit() > 0
+
+    for name, stand_in in (("time", timed), ("peak", timed), ("row", told)):
+        monkeypatch.setattr(Setting, name, stand_in)
+    list(benchmark(Setting(torch.device("cpu"), quick=True)))
+    assert any(limits)
+
+
 def test_a_quick_run_of_one_benchmark(tmp_path):
     command = [sys.executable, str(BENCH), "--quick", "--only", "text"]
     done = subprocess.run(
