@@ -122,6 +122,8 @@ def test_latents_of_any_lengths_are_padded_and_masked():
             [{"latents": [0.0]}, {"tokens": [1], "latents": [0.0, 1.0]}],
             r"one shape, or as \[n, d\] differ in n alone, got \[\[1\], \[2\]\]",
         ),
+        ([{"latents": [[[0.0]]]}, {"latents": [[[0.0]]] * 3}], r"got \[\[1, 1, 1\], \[3, 1, 1\]\]"),
+        ([{"latents": [[[0.0]]], "latent_mask": [1]}], r"got \[1\] and \[1, 1, 1\]"),
         ([{"latents": [[0.0]]}, {"latents": [[0.0, 1.0]]}], r"got \[\[1, 1\], \[1, 2\]\]"),
         (
             [{"tokens": [1]}, {"latents": [[0.0]]}, {"latents": [[0.0], [1.0]]}],

@@ -241,7 +241,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     batches = [_of_row(f"rows[{place}]", row) for place, row in enumerate(rows)]
     latents = [z for b in batches for z in (b.latents, b.unpaired_latents) if z is not None]
     shapes = {z.shape[1:] for z in latents}
-    lengths = len({shape[1:] for shape in shapes}) == 1 and all(z.ndim > 2 for z in latents)
+    lengths = len({shape[1:] for shape in shapes}) == 1 and all(z.ndim == 3 for z in latents)
     if len(shapes) > 1 and not lengths:
         raise ValueError(
             "latents of `rows` must have one shape, or as [n, d] differ in n alone, got "
@@ -302,4 +302,4 @@ def _of_row(where: str, row: Mapping[str, Any]) -> Batch:
 
 
 def _fits(mask: Tensor, latents: Tensor) -> bool:
-    return latents.ndim > 2 and mask.shape == latents.shape[:2]
+    return latents.ndim == 3 and mask.shape == latents.shape[:2]
