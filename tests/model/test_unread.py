@@ -121,7 +121,7 @@ def test_autocast_is_that_of_the_pass(inside):
 @pytest.mark.parametrize("rows", [2, 100], ids=["one chunk", "chunks"])
 def test_half_precision_on_any_cpu(units, rows, monkeypatch):
     """As far from float64 as logits in half precision are, and the same dtypes."""
-    monkeypatch.setattr(sweep, "has_units", lambda dtype: units)
+    monkeypatch.setattr(sweep, "has_units", lambda: units)
     torch.manual_seed(0)
     head, hidden = nn.Linear(16, 50).bfloat16(), torch.randn(rows, 4, 16).bfloat16()
     tokens = torch.randint(50, (rows, 4))
@@ -149,9 +149,10 @@ def test_units_of_half_precision_are_as_torch_tells(monkeypatch):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda told=told: told, raising=False)
         sweep.has_units.cache_clear()
-        assert sweep.has_units(torch.bfloat16) == told
+        assert sweep.has_units() == told
         products = sweep.for_products(torch.zeros(1), torch.bfloat16)
         assert products.dtype == (torch.bfloat16 if told else torch.float32)
+        assert sweep.for_products(torch.zeros(1), torch.float16).dtype == torch.float32
     sweep.has_units.cache_clear()
 
 

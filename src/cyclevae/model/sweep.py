@@ -29,24 +29,19 @@ def kept_rows(mask: Mask) -> Tensor | None:
 def for_products(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to a dtype, in that of the products of matrices.
 
-    On a CPU without units for half precision that is fp32: several times faster.
+    On a CPU that is fp32 for fp16, and for bf16 where there are no units for it: several times
+    faster.
     """
     rounded = tensor.to(dtype)
-    if dtype in _UNITS and tensor.device.type == "cpu" and not has_units(dtype):
-        return rounded.float()
-    return rounded
-
-
-_UNITS = {  # what torch says of a CPU
-    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-    torch.float16: ("_is_amx_fp16_supported",),
-}
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not has_units())
+    return rounded.float() if slow and tensor.device.type == "cpu" else rounded
 
 
 @cache
-def has_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies half precision in units of its own, as far as torch can tell."""
-    return any([getattr(torch.cpu, name, lambda: False)() for name in _UNITS[dtype]])
+def has_units() -> bool:
+    """Whether this CPU multiplies bf16 in units of its own, as far as torch can tell."""
+    told = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any([getattr(torch.cpu, name, lambda: False)() for name in told])
 
 
 def chunks_of(
