@@ -17,7 +17,7 @@ from cell import checkpoint, write
 from corpora import CORPORA
 from data import Sentences, Split, encode
 from matrix import PRIMARY, Cell
-from measure import DECODED, STEPS
+from measure import DECODED, STEPS, TEMPERATURE
 from stored import Results, keys_of
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +26,6 @@ import cyclevae as cv
 
 CORPUS, ROWS = "seen", ("paired", "half")
 SAMPLES = (1, 2, 4, 8, 16, 32)
-TEMPERATURE = 0.8
 Processes = dict[str, cv.TextProcess | cv.LatentProcess]
 
 

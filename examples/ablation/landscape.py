@@ -32,10 +32,8 @@ ENCODER = Direction("T2L MSE", "latent", "t2l_mse")
 
 def value(results: Results, row: str, pairs: int, direction: Direction) -> float | None:
     """The mean over seeds, each at the checkpoint that this direction chose."""
-    if (key := key_of(row, pairs)) not in results:
-        return None
-    found = [r["directions"][direction.chosen_by][direction.measure] for r in results.of(key)]
-    return float(np.mean(found))
+    found = _each(results, row, pairs, direction) if key_of(row, pairs) in results else []
+    return float(np.mean(found)) if found else None
 
 
 def ridge(results: Results, pairs: int) -> float | None:
@@ -104,7 +102,11 @@ def differences(found: Found, row: str, opponent: str) -> str:
 
 
 def _each(
-    results: Results, row: str, pairs: int, direction: Direction, seeds: Sequence[int]
+    results: Results,
+    row: str,
+    pairs: int,
+    direction: Direction,
+    seeds: Sequence[int] | None = None,
 ) -> list[float]:
     found = results.of(key_of(row, pairs), seeds)
     return [r["directions"][direction.chosen_by][direction.measure] for r in found]

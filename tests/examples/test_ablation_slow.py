@@ -5,18 +5,22 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 # first, because other examples have a `data` too
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentences"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "ablation"))
 import decoding
+import loop
 import sampler
 from baselines import baselines
+from batches import Drawn
 from cell import checkpoint, describe, path_of, write
 from corpora import CORPORA, first
 from data import Seen, encode
@@ -29,6 +33,7 @@ from tables import summary
 
 import ablation
 import cyclevae as cv
+from cyclevae.testing import toy_batch
 
 ROOT = Path(__file__).parents[2]
 LIMIT, CAP = 2000, 2e9
@@ -94,6 +99,20 @@ def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(options, capsys):
     for cell in todo:
         moved = path_of(cell, options.out).stat().st_mtime_ns != before[cell]
         assert moved == (cell == todo[3])
+
+
+@pytest.mark.parametrize(("each", "looks"), [(False, 7), (True, 12)])
+def test_patience_lasts_while_either_direction_gets_better(each, looks, monkeypatch):
+    """The latent's half is best at the first look, the text's at the sixth."""
+    scores = iter([{"both": 1.0 + (n > 0), "latent": 1.0, "text": -min(n, 5)} for n in range(99)])
+    monkeypatch.setattr(loop, "look", lambda *_: next(scores))
+    network, batch = nn.Linear(4, 4), toy_batch()
+    training = loop.Training(1e-3, 0.1, cap=1e9, looks=10**7, each=each, ends="stop")
+    run = loop.fit(
+        network, lambda *_: network(batch.latents).sum(), repeat(Drawn(batch, None, None)), None,
+        (None, None), training, seed=0,
+    )  # fmt: skip
+    assert len(run.history) == looks and run.stopped == "early"
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(options, capsys):
